@@ -1,0 +1,34 @@
+# Each target does all its own set-up: a venv for each Python, with the pinned dependencies in it.
+
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv/$(notdir $(PYTHON))
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo run test test-integration check clean
+
+demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
+	@PORT=$(PORT) $(BIN)/python -m tests.demo
+
+run: $(READY)  ## the service on port 8000, in front of Groq
+	@PORT=$(PORT) $(BIN)/python server.py
+
+test: $(READY)  ## all tests, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+test-integration: $(READY)  ## the tests that talk to the real Groq; they need GROQ_API_KEY
+	$(BIN)/python -m pytest tests/test_integration.py
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

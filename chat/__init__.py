@@ -1,0 +1,1 @@
+"""An anonymous chat service in front of Groq's LLM API."""

@@ -1,0 +1,145 @@
+"""
+Settings: every variable that the service reads, its default and its check.
+
+They are read once, at the front door, and handed down; nothing else reads the environment.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from starlette.config import Config
+
+Parse = Callable[[str], Any]
+
+
+class SettingsError(Exception):
+    """A setting is missing or has a bad value; its text is one line that names the variable."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the text of a variable becomes a value, and what to say when it does not."""
+
+    parse: Parse
+    expected: str
+    secret: bool = False
+
+
+def integer(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        if not low <= (number := int(text)) <= high:
+            raise ValueError
+        return number
+
+    return Kind(parse, f"a whole number from {low:,} to {high:,}")
+
+
+def seconds(low: float, high: float) -> Kind:
+    def parse(text: str) -> float:
+        if not low <= (number := float(text)) <= high:
+            raise ValueError
+        return number
+
+    return Kind(parse, f"a number of seconds from {low:g} to {high:g}")
+
+
+def matching(pattern: str, expected: str, *, secret: bool = False) -> Kind:
+    def parse(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError
+        return text
+
+    return Kind(parse, expected, secret)
+
+
+def base_url(text: str) -> str:
+    if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text) is None:
+        raise ValueError
+    return text.rstrip("/")
+
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+BOOLEAN = Kind(lambda text: BOOLEANS[text.lower()], "true or false")
+ANY_TEXT = Kind(str, "any text")
+ANY_SECRET = Kind(str, "any text", secret=True)
+BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
+API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
+MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
+EFFORT = matching("low|medium|high", "low, medium or high")
+REDIS_ADDRESS = matching(
+    r"|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "host:port, such as redis:6379, or empty for no Redis"
+)
+
+
+def setting(kind: Kind, default: Any = ...) -> Any:
+    """Declare a field of `Settings`; without a default the variable is required."""
+    metadata = {"kind": kind}
+    return field(metadata=metadata, **({} if default is ... else {"default": default}))
+
+
+@dataclass(frozen=True, repr=False)  # a repr would show the secrets
+class Settings:
+    """What the operator decides. Each field is the environment variable of its name in capitals."""
+
+    groq_api_key: str = setting(API_KEY)
+    port: int = setting(integer(1, 65_535), 8000)
+    groq_base_url: str = setting(BASE_URL, "https://api.groq.com/openai/v1")
+    groq_connect_timeout: float = setting(seconds(0.01, 600), 5.0)
+    groq_timeout: float = setting(seconds(0.01, 3600), 60.0)
+    model: str = setting(MODEL_NAME, "openai/gpt-oss-20b")
+    reasoning_effort: str = setting(EFFORT, "low")
+    system_prompt: str = setting(ANY_TEXT, "")
+    max_tokens: int = setting(integer(1, 1_000_000), 1024)
+    context_tokens: int = setting(integer(2, 100_000_000), 131_072)
+    max_exchanges: int = setting(integer(1, 1000), 20)
+    shared_conversation: bool = setting(BOOLEAN, True)
+    max_conversations: int = setting(integer(1, 10_000_000), 10_000)
+    conversation_ttl: float = setting(seconds(1, 31_536_000), 86_400.0)
+    max_history_bytes: int = setting(integer(1, 1 << 40), 256 << 20)
+    max_body_bytes: int = setting(integer(1, 1 << 30), 256 << 10)
+    keep_alive_interval: float = setting(seconds(0.01, 3600), 15.0)
+    redis_addr: str = setting(REDIS_ADDRESS, "redis:6379")
+    redis_password: str = setting(ANY_SECRET, "")
+
+
+def load_settings(
+    environ: Mapping[str, str] = os.environ, env_file: str | Path = ".env"
+) -> Settings:
+    """
+    Read the settings from the environment, or from `env_file` for what the environment lacks.
+
+    Raises:
+        SettingsError: a variable is missing or has a bad value.
+    """
+    config = Config(env_file if Path(env_file).is_file() else None, environ)
+    values = {}
+    for each in fields(Settings):
+        name = each.name.upper()
+        text = config(name, default=None)
+        if text is not None:
+            values[each.name] = _parse(name, text.strip(), each.metadata["kind"])
+    return _checked(values)
+
+
+def _parse(name: str, text: str, kind: Kind) -> Any:
+    try:
+        return kind.parse(text)
+    except (ValueError, KeyError):
+        shown = "the given value" if kind.secret else repr(text[:100])
+        raise SettingsError(f"{name} must be {kind.expected}, not {shown}") from None
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    if "groq_api_key" not in values:
+        raise SettingsError(f"GROQ_API_KEY is not set; it must be {API_KEY.expected}")
+    settings = Settings(**values)
+    if settings.max_tokens >= settings.context_tokens:
+        raise SettingsError(
+            f"MAX_TOKENS must be less than CONTEXT_TOKENS ({settings.context_tokens}), "
+            f"not {settings.max_tokens}"
+        )
+    return settings

@@ -1,0 +1,147 @@
+"""Chats over HTTP: bodies in; replies as JSON or as Server-Sent Events, and errors, out."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from chat.errors import BodyTooLarge, ChatError
+from chat.framing import DONE_EVENT, KEEP_ALIVE, error_body, sse_error, sse_events
+from chat.messages import ChatRequest
+from chat.middleware import log_fields
+from chat.reply import Reply
+
+START_TIMEOUT = 10.0
+"""Seconds until a stream begins without Groq's status: proxies give up on a silent upstream."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """
+    Read the body of a request, no further than `limit` bytes.
+
+    Raises:
+        BodyTooLarge: it is longer.
+        ClientDisconnect: the caller left before its end.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise BodyTooLarge(limit)
+    body = bytearray()
+    async for received in request.stream():
+        body += received
+        if len(body) > limit:
+            raise BodyTooLarge(limit)
+    return bytes(body)
+
+
+def wants_stream(request: Request, body: ChatRequest) -> bool:
+    """Tell whether the reply is to be an event stream: body first, then query, then `Accept`."""
+    if body.stream is not None:
+        return body.stream
+    if request.query_params.get("stream") == "true":
+        return True
+    return "text/event-stream" in request.headers.get("accept", "").lower()
+
+
+class JSONResponse(Response):
+    """A body that msgspec renders."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class JSONReply(Response):
+    """A reply as one JSON object, once it is whole."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with _taken(self._reply, scope, receive):
+            text = await self._reply.read_all()
+            await JSONResponse({"response": text})(scope, receive, send)
+
+
+class SSEReply(Response):
+    """A reply as Server-Sent Events, each token as soon as it is there."""
+
+    def __init__(self, reply: Reply, *, keep_alive_interval: float) -> None:
+        self._reply = reply
+        self._keep_alive_interval = keep_alive_interval
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply, interval = self._reply, self._keep_alive_interval
+        async with _taken(reply, scope, receive):
+            is_accepted = await reply.wait_accepted(min(START_TIMEOUT, interval))
+            await send(START)
+            if not is_accepted:
+                await send(_body(KEEP_ALIVE))
+            while not reply.is_exhausted:
+                tokens = await reply.read(interval)
+                if tokens:
+                    await send(_body(sse_events(tokens)))
+                elif not reply.is_exhausted:
+                    await send(_body(KEEP_ALIVE))
+            end = sse_error(reply.error.message) if reply.error else DONE_EVENT
+            await send(_body(end, more_body=False))
+
+
+START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [
+        (b"content-type", b"text/event-stream"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ],
+}
+
+
+def _body(frames: bytes, *, more_body: bool = True) -> dict[str, object]:
+    return {"type": "http.response.body", "body": frames, "more_body": more_body}
+
+
+@asynccontextmanager
+async def _taken(reply: Reply, scope: Scope, receive: Receive) -> AsyncIterator[None]:
+    """Abandon the reply when the caller leaves, and in any case at the end; log what became of it."""
+    listener = asyncio.create_task(_abandon_on_disconnect(reply, receive))
+    try:
+        yield
+    finally:
+        listener.cancel()
+        reply.abandon()
+        log_fields(scope).update(reply.summary())
+
+
+async def _abandon_on_disconnect(reply: Reply, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    reply.abandon()
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Render an error of ours, or one of Starlette's routing."""
+    headers = {"content-type": "application/json"}
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, error.detail
+        headers.update(error.headers or {})
+        if status == 404:
+            message = "there is no such path"
+        elif status == 405:
+            message = f"the method must be one of {headers.get('Allow')}"
+    else:
+        assert isinstance(error, ChatError)
+        status, message = error.status, error.message
+        if error.retry_after is not None:
+            headers["retry-after"] = str(error.retry_after)
+        if isinstance(error, BodyTooLarge):
+            headers["connection"] = "close"  # the rest of the body is not read
+        log_fields(request.scope).setdefault("error", error.reason)
+    return Response(error_body(message), status, headers)

@@ -1,0 +1,88 @@
+"""
+Logging: one JSON object a line on stdout, written by a thread of its own.
+
+Lines are made where they are logged and written elsewhere, so that a slow reader of stdout never
+holds up the event loop. Texts of exceptions stay out: they may quote what a caller sent.
+"""
+
+import atexit
+import logging
+import sys
+import traceback
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
+from queue import Full, Queue
+from typing import Any
+
+import msgspec
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the request that is being served."""
+
+QUEUED_LINES = 10_000
+"""Lines that may wait to be written; beyond it they are dropped."""
+
+logger = logging.getLogger("chat")
+
+
+class JSONFormatter(logging.Formatter):
+    """Format a record, with the `fields` it bears, as a line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        created = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, Any] = {
+            "timestamp": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        if (current := request_id.get()) is not None:
+            line["request_id"] = current
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info and record.exc_info[1] is not None:
+            line["exception"] = type(record.exc_info[1]).__qualname__
+            line["traceback"] = "".join(traceback.format_tb(record.exc_info[2]))
+        return msgspec.json.encode(line).decode()
+
+
+class DroppingQueueHandler(QueueHandler):
+    """Put lines on the queue; drop them while it is full rather than wait."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            pass
+
+
+def is_not_websocket_access(record: logging.LogRecord) -> bool:
+    """Tell uvicorn's access lines for WebSockets, raw paths and all, from its other lines."""
+    return '"WebSocket %s"' not in str(record.msg)
+
+
+def configure() -> None:
+    """Send all logging, uvicorn's too, to stdout as JSON; our line a request replaces uvicorn's."""
+    lines: Queue[logging.LogRecord] = Queue(QUEUED_LINES)
+    handler = DroppingQueueHandler(lines)
+    handler.setFormatter(JSONFormatter())
+    listener = QueueListener(lines, logging.StreamHandler(sys.stdout))
+    listener.start()
+    atexit.register(listener.stop)
+
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("uvicorn.error").addFilter(is_not_websocket_access)
+    access = logging.getLogger("uvicorn.access")
+    access.handlers.clear()
+    access.propagate = False
+    for name in ("httpx", "httpcore", "aiohttp", "redis", "websockets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def log_request(method: str, endpoint: str, status: int, fields: dict[str, Any]) -> None:
+    """Log the one line of a request; `fields` are what else is known of it."""
+    level = logging.INFO if status < 500 else logging.WARNING
+    line = {"method": method, "endpoint": endpoint, "status": status, **fields}
+    logger.log(level, "%s %s %d", method, endpoint, status, extra={"fields": line})

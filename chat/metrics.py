@@ -1,0 +1,54 @@
+"""Every metric of the service; the only global state, since a process is scraped as a whole."""
+
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+
+__all__ = ["CONTENT_TYPE_LATEST", "generate_latest"]
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+HTTP_REQUESTS = Counter(
+    "http_requests_total", "HTTP requests answered.", ["method", "endpoint", "status"]
+)
+HTTP_REQUEST_DURATION = Histogram(
+    "http_request_duration_seconds",
+    "Time from a request to the end of its answer.",
+    ["method", "endpoint"],
+    buckets=SECONDS,
+)
+CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_type"])
+CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
+CHAT_REPLIES_ACTIVE = Gauge("chat_replies_active", "Replies in progress.", ["stream_type"])
+CHAT_TIME_TO_FIRST_TOKEN = Histogram(
+    "chat_time_to_first_token_seconds",
+    "Time from a chat request to the first token of its reply.",
+    buckets=SECONDS,
+)
+CHAT_REPLY_DURATION = Histogram(
+    "chat_reply_duration_seconds",
+    "Time from a chat request to the end of its reply.",
+    buckets=SECONDS,
+)
+CHAT_TOKENS = Counter(
+    "chat_tokens_total", "Tokens as Groq reported them, else as estimated.", ["direction"]
+)
+GROQ_REQUESTS = Counter("groq_requests_total", "Requests to Groq.", ["outcome"])
+GROQ_RETRIES = Counter("groq_retries_total", "Requests to Groq that were sent once more.")
+TOKEN_CACHE_LOOKUPS = Counter(
+    "token_cache_lookups_total", "Messages whose token count was looked up.", ["result"]
+)
+HISTORY_CONVERSATIONS = Gauge("history_conversations", "Conversations kept in the history.")
+REDIS_UP = Gauge("redis_up", "1 while Redis answers, 0 while it does not or is not configured.")
+
+STREAM_TYPES = ("json", "sse", "websocket")
+OUTCOMES = ("completed", "cancelled", "failed")
+
+# A series that is there from the start shows its first increase.
+for _stream_type in STREAM_TYPES:
+    CHAT_REQUESTS.labels(_stream_type)
+    CHAT_REPLIES_ACTIVE.labels(_stream_type)
+    for _outcome in OUTCOMES:
+        CHAT_REPLIES.labels(_stream_type, _outcome)
+for _direction in ("prompt", "completion"):
+    CHAT_TOKENS.labels(_direction)
+for _result in ("hit", "miss"):
+    TOKEN_CACHE_LOOKUPS.labels(_result)

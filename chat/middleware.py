@@ -1,0 +1,109 @@
+"""What surrounds every request: its id, its one line in the log, its metrics, its last resort."""
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chat import logs, metrics
+from chat.errors import InternalError
+from chat.framing import error_body
+from chat.reply import milliseconds
+
+logger = logging.getLogger(__name__)
+
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+CLIENT_CLOSED_REQUEST = 499
+"""The status, nginx's, of a request whose caller left before its answer began."""
+
+
+def log_fields(scope: Scope) -> dict[str, Any]:
+    """Return what the request's line in the log is to say; add to it."""
+    fields: dict[str, Any] = scope.setdefault("chat.log_fields", {})
+    return fields
+
+
+class RequestMiddleware:
+    """Pure ASGI, so that nothing stands between a stream and its socket but a look at its start."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        request_id = _request_id(scope)
+        token = logs.request_id.set(request_id)
+        started_at = time.perf_counter()
+        status = CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": headers}
+            elif message["type"] == "websocket.accept":
+                status = 101
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": headers}
+            elif message["type"] == "websocket.close" and status != 101:
+                status = 403
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            if status != CLIENT_CLOSED_REQUEST:
+                raise
+            logger.exception("a request failed by a fault of ours")
+            await _send_internal_error(send_with_id)
+        finally:
+            _record(scope, status, time.perf_counter() - started_at)
+            logs.request_id.reset(token)
+
+
+def _request_id(scope: Scope) -> str:
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if SANE_REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+async def _send_internal_error(send: Send) -> None:
+    error = InternalError()
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": error_body(error.message)})
+
+
+def _endpoint(scope: Scope) -> str:
+    """Return the template of the route: a path itself would be a label without end, or a secret."""
+    route = scope.get("route")
+    return route.path if route else "unmatched"
+
+
+def _record(scope: Scope, status: int, duration: float) -> None:
+    method = scope.get("method", "GET")
+    method = method if method in METHODS else "OTHER"
+    endpoint = _endpoint(scope)
+    metrics.HTTP_REQUESTS.labels(method, endpoint, status).inc()
+    metrics.HTTP_REQUEST_DURATION.labels(method, endpoint).observe(duration)
+    fields = {"client": _client(scope), "duration_ms": milliseconds(duration)}
+    logs.log_request(method, endpoint, status, {**fields, **log_fields(scope)})
+
+
+def record_message(scope: Scope, status: int, fields: dict[str, Any]) -> None:
+    """Log the line of one message on a WebSocket, which is a request of its own there."""
+    logs.log_request("GET", _endpoint(scope), status, {"client": _client(scope), **fields})
+
+
+def _client(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return client[0] if client else None

@@ -1,0 +1,191 @@
+"""
+A reply in progress: the service writes it, a transport reads from it at its own pace.
+
+It stands between the two, so that neither waits for the other, and so that it can outlive the
+connection that asked for it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Literal
+
+from chat.errors import ChatError
+from chat.messages import Usage
+
+StreamType = Literal["json", "sse", "websocket"]
+Outcome = Literal["completed", "cancelled", "failed"]
+
+
+class Reply:
+    """
+    The tokens of one reply, and how it goes with it. One reader at a time.
+
+    Attributes:
+        is_accepted: whether Groq has begun to answer.
+        outcome: how the reply ended; None while it runs.
+        error: what it failed by.
+        was_stopped: whether its caller asked for no more of it, rather than leaving.
+        usage: the tokens that it cost, as Groq reported them.
+        prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
+        model: the model that is asked.
+        groq_id: the id to give to Groq's support.
+    """
+
+    def __init__(self, stream_type: StreamType, model: str) -> None:
+        self.stream_type = stream_type
+        self.model = model
+        self.is_accepted = False
+        self.outcome: Outcome | None = None
+        self.error: ChatError | None = None
+        self.was_stopped = False
+        self.usage: Usage | None = None
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.groq_id: str | None = None
+        self._cancel: Callable[[], object] = lambda: None
+        self._tokens: list[str] = []
+        self._read = 0
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._started_at = self._loop.time()
+        self._first_token_at: float | None = None
+        self._ended_at: float | None = None
+
+    # The service's side.
+
+    def begin(self, cancel: Callable[[], object]) -> None:
+        """Take the function that ends the work on this reply."""
+        self._cancel = cancel
+
+    def accept(self) -> None:
+        """Note that Groq has begun to answer."""
+        self.is_accepted = True
+        self._wake()
+
+    def add(self, tokens: list[str]) -> None:
+        """Append tokens, none of them empty."""
+        if self._first_token_at is None:
+            self._first_token_at = self._loop.time()
+        self._tokens += tokens
+        self._wake()
+
+    def keep_what_was_read(self) -> None:
+        """Drop the tokens that no reader has taken."""
+        del self._tokens[self._read :]
+
+    def end(self, outcome: Outcome, error: ChatError | None = None) -> None:
+        """End the reply; nothing changes after that."""
+        self.outcome = outcome
+        self.error = error
+        self._ended_at = self._loop.time()
+        self._wake()
+
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self._tokens)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._tokens)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds until the first token came."""
+        if self._first_token_at is None:
+            return None
+        return self._first_token_at - self._started_at
+
+    @property
+    def duration(self) -> float:
+        """Seconds from its beginning to its end, or until now."""
+        return (self._ended_at or self._loop.time()) - self._started_at
+
+    # The transport's side.
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it has ended and every token has been read."""
+        return self.outcome is not None and self._read == len(self._tokens)
+
+    async def wait_accepted(self, timeout: float) -> bool:
+        """
+        Wait until Groq has begun to answer; return False if that takes longer than `timeout`.
+
+        Raises:
+            ChatError: the reply failed before that.
+        """
+        if not self.is_accepted and self.outcome is None:
+            await self._wait(timeout)
+        if not self.is_accepted and self.error:
+            raise self.error
+        return self.is_accepted
+
+    async def read(self, timeout: float | None) -> list[str]:
+        """Return the tokens since the last read; none at its end, or when `timeout` passes."""
+        if self._read == len(self._tokens) and self.outcome is None:
+            await self._wait(timeout)
+        tokens = self._tokens[self._read :]
+        self._read += len(tokens)
+        return tokens
+
+    async def read_all(self) -> str:
+        """
+        Wait for the end and return the whole text.
+
+        Raises:
+            ChatError: the reply failed.
+        """
+        while self.outcome is None:
+            await self._wait(None)
+        if self.error:
+            raise self.error
+        return self.text
+
+    def stop(self) -> None:
+        """End it for a caller who has seen enough: what was read is kept as the reply."""
+        if self.outcome is None:
+            self.was_stopped = True
+            self._cancel_once()
+
+    def abandon(self) -> None:
+        """End it for a caller who has left: nothing of it is kept."""
+        if self.outcome is None:
+            self._cancel_once()
+
+    def _cancel_once(self) -> None:
+        cancel, self._cancel = self._cancel, lambda: None
+        cancel()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a log line says of the reply."""
+        fields = {
+            "stream_type": self.stream_type,
+            "outcome": self.outcome or "cancelled",
+            "duration_ms": milliseconds(self.duration),
+            "ttft_ms": milliseconds(self.time_to_first_token),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "model": self.model,
+            "groq_id": self.groq_id,
+            "error": self.error.reason if self.error else None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    async def _wait(self, timeout: float | None) -> None:
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_later(timeout, self._wake) if timeout is not None else None
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """Return `seconds` as a log line shows them."""
+    return None if seconds is None else round(seconds * 1000, 1)

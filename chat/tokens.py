@@ -1,0 +1,117 @@
+"""
+Token counts: learned from what Groq reports, estimated for text that it has never counted.
+
+A count that Groq reported is exact for its model, and nobody can compute it without that model's
+tokenizer. So it is remembered under a hash of model, role and content: in this process, and in
+Redis for all replicas.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from chat import metrics
+from chat.cache import RedisCache
+from chat.messages import Message
+
+CACHE_TTL = 86_400
+"""Seconds that a count stays in Redis."""
+REMEMBERED = 50_000
+"""Counts kept in the process: some 10 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The tokens of one message, and whether Groq has reported them."""
+
+    tokens: int
+    is_exact: bool
+
+
+class TokenCounts:
+    """The counts of one model's messages."""
+
+    def __init__(self, model: str, cache: RedisCache | None) -> None:
+        self._model = model
+        self._cache = cache
+        self._known: OrderedDict[str, int] = OrderedDict()
+
+    async def count(self, messages: Sequence[Message]) -> list[Count]:
+        """Return the count of each message: learned here or by another replica, else estimated."""
+        keys = [self._key(message) for message in messages]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if missing and self._cache:
+            for key, tokens in zip(missing, await self._cache.get(missing), strict=True):
+                if tokens is not None:
+                    self._remember(key, tokens)
+        found = [self._recall(key) for key in keys]
+        misses = found.count(None)
+        metrics.TOKEN_CACHE_LOOKUPS.labels("miss").inc(misses)
+        metrics.TOKEN_CACHE_LOOKUPS.labels("hit").inc(len(found) - misses)
+        return [
+            Count(estimate(message), False) if tokens is None else Count(tokens, True)
+            for message, tokens in zip(messages, found, strict=True)
+        ]
+
+    async def learn(
+        self,
+        prompt: Sequence[Message],
+        counts: Sequence[Count],
+        *,
+        prompt_tokens: int,
+        reply: Message,
+        reply_tokens: int,
+    ) -> None:
+        """
+        Remember what Groq's report tells: the reply's count, and by difference that of the one
+        message of the prompt which was not known before.
+
+        Args:
+            prompt: the messages that Groq was sent, but for the system prompt.
+            counts: their counts, as `count` gave them.
+            prompt_tokens: the tokens of the prompt, less those of the system prompt.
+            reply: the assistant's message.
+            reply_tokens: its tokens, less those of the model's reasoning.
+        """
+        learned = {self._key(reply): reply_tokens}
+        unknown = [
+            message for message, count in zip(prompt, counts, strict=True) if not count.is_exact
+        ]
+        if len(unknown) == 1:
+            known = sum(count.tokens for count in counts if count.is_exact)
+            learned[self._key(unknown[0])] = prompt_tokens - known
+        learned = {key: tokens for key, tokens in learned.items() if tokens > 0}
+        for key, tokens in learned.items():
+            self._remember(key, tokens)
+        if learned and self._cache:
+            await self._cache.set(learned)
+
+    def _key(self, message: Message) -> str:
+        text = "\0".join((self._model, message.role, message.content))
+        return "chat:tokens:" + sha256(text.encode()).hexdigest()
+
+    def _recall(self, key: str) -> int | None:
+        tokens = self._known.get(key)
+        if tokens is not None:
+            self._known.move_to_end(key)
+        return tokens
+
+    def _remember(self, key: str, tokens: int) -> None:
+        self._known[key] = tokens
+        self._known.move_to_end(key)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+
+
+def estimate(message: Message) -> int:
+    """Return about how many tokens a message takes in a prompt."""
+    return estimate_tokens(message.content) + MESSAGE_TOKENS
+
+
+MESSAGE_TOKENS = 4
+"""What a model's template puts around each message."""
+
+
+def estimate_tokens(text: str) -> int:
+    return 1 + len(text) // 4

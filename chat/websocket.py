@@ -1,0 +1,109 @@
+"""Chats over a WebSocket: one reply at a time, and the caller heard while it runs."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from chat.errors import BadRequest, BinaryMessage, BodyTooLarge, ChatError, InternalError
+from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
+from chat.messages import SocketRequest, parse_request
+from chat.middleware import record_message
+from chat.reply import Reply
+
+logger = logging.getLogger(__name__)
+
+
+class ChatSocket:
+    """
+    One caller's connection.
+
+    Args:
+        websocket: the connection, not yet accepted.
+        reply_to: begins the reply to a request.
+        max_bytes: how large a message may be.
+    """
+
+    def __init__(
+        self, websocket: WebSocket, reply_to: Callable[[SocketRequest], Reply], *, max_bytes: int
+    ) -> None:
+        self._websocket = websocket
+        self._reply_to = reply_to
+        self._max_bytes = max_bytes
+        self._reply: Reply | None = None
+        self._relaying: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Answer messages until either side closes the connection."""
+        await self._websocket.accept()
+        try:
+            while (message := await self._websocket.receive())["type"] == "websocket.receive":
+                await self._answer(message)
+        except WebSocketDisconnect:
+            pass
+        except Exception:
+            logger.exception("a WebSocket failed by a fault of ours")
+            await self._fail(InternalError())
+        finally:
+            if self._reply:
+                self._reply.abandon()
+            if self._relaying:
+                await self._relaying
+
+    async def _answer(self, message: Message) -> None:
+        try:
+            request = self._parse(message)
+            if request.cancel:
+                self._stop()
+            else:
+                self._begin(request)
+        except ChatError as error:
+            record_message(self._websocket.scope, error.status, {"error": error.reason})
+            await self._fail(error)
+
+    def _parse(self, message: Message) -> SocketRequest:
+        text = message.get("text")
+        if text is None:
+            raise BinaryMessage
+        if len(text) > self._max_bytes or len(text.encode()) > self._max_bytes:
+            raise BodyTooLarge(self._max_bytes)
+        return parse_request(SocketRequest, text)
+
+    def _stop(self) -> None:
+        # Without a reply there is nothing to do, and nothing to say: a cancel may cross the end of
+        # its reply, and an error would then be taken for the next one's.
+        if self._reply:
+            self._reply.stop()
+
+    def _begin(self, request: SocketRequest) -> None:
+        if self._relaying and not self._relaying.done():
+            raise BadRequest("a reply is still running on this socket; wait for it, or cancel it")
+        self._reply = self._reply_to(request)
+        self._relaying = asyncio.create_task(self._relay(self._reply))
+
+    async def _relay(self, reply: Reply) -> None:
+        try:
+            while not reply.is_exhausted:
+                for token in await reply.read(None):
+                    await self._websocket.send_text(socket_token(token))
+            if reply.error:
+                await self._fail(reply.error)
+            else:
+                is_stopped = reply.outcome == "cancelled"
+                await self._websocket.send_text(SOCKET_CANCELLED if is_stopped else SOCKET_DONE)
+        except WebSocketDisconnect:
+            reply.abandon()
+        finally:
+            status = reply.error.status if reply.error else 200
+            record_message(self._websocket.scope, status, reply.summary())
+
+    async def _fail(self, error: ChatError) -> None:
+        """Tell the caller of an error, and close the connection where the error asks for it."""
+        try:
+            await self._websocket.send_text(error_body(error.message).decode())
+            if error.close_code is not None:
+                await self._websocket.close(error.close_code)
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # the caller has left, or the other task has closed the connection

@@ -1,0 +1,336 @@
+"""
+A stand-in for Groq: a real HTTP server that speaks its protocol, and misbehaves when told to.
+
+    with FakeGroq() as groq:
+        groq.on("weather", Script(["Sun", "ny"], interval=0.1))   # for messages with that word
+        ... point GROQ_BASE_URL at groq.url ...
+        groq.requests[0].closed.wait(1)                           # its peer has gone away
+
+    python -m tests.fake_groq --port 9000 --interval 0.05         # by itself, echoing
+
+It runs in a thread with an event loop of its own, so that tests may block.
+"""
+
+import argparse
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Script:
+    """What to do with one request. The default is a good reply that echoes the question."""
+
+    tokens: Sequence[str] | None = None
+    reasoning: Sequence[str] = ()
+    prompt_tokens: int | None = 10
+    completion_tokens: int | None = None
+    """Without the reasoning's, which are counted one a delta and added."""
+    finish_reason: str | None = "stop"
+    done: bool = True
+
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes | None = None
+    """The whole body, in place of one that is made from the tokens."""
+
+    newline: str = "\n"
+    piece: int | None = None
+    """Send the bytes in pieces of this size, each on its own."""
+    interval: float = 0.0
+    """Seconds between two tokens."""
+    comments: float | None = None
+    """Seconds between comment lines, sent for ever in place of the tokens."""
+    hold_before_status: bool = False
+    hold_before_token: int | None = None
+    """Say nothing more from here until `release`."""
+    cut_before_status: bool = False
+    cut_before_token: int | None = None
+    error_before_token: int | None = None
+    error: str = 'data: {"error":{"message":"org_secret is over capacity","type":"server_error"}}'
+
+
+@dataclass
+class Request:
+    """One request as it was received, and how it ended."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    received_at: float
+    connection: int
+    sent_at: list[float] = field(default_factory=list)
+    """When each token left."""
+    answered: bool = False
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Set when the peer has gone away, or the connection was closed."""
+    closed_at: float | None = None
+
+    @property
+    def contents(self) -> list[str]:
+        return [message["content"] for message in self.body["messages"]]
+
+
+class FakeGroq:
+    """The server; `requests` is what it received, in order."""
+
+    def __init__(self, default: Script | None = None, *, port: int = 0) -> None:
+        self.default = default or Script()
+        self.requests: list[Request] = []
+        self._port = port
+        self._scripts: list[tuple[str, Script]] = []
+        self._changed = threading.Condition()
+        self._released = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._connections: set[_Connection] = set()
+        self._opened = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(self._start(), self._loop)
+        self.port = starting.result(5)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/openai/v1"
+
+    def on(self, text: str, script: Script) -> None:
+        """Follow the script when the last message of a request contains the text."""
+        self._scripts.insert(0, (text, script))
+
+    def release(self) -> None:
+        """Go on with every request that is held."""
+        self._loop.call_soon_threadsafe(self._released.set)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
+        """Wait until the condition on what was received holds."""
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout), "Groq waited in vain"
+
+    def wait_for_request(self, text: str, timeout: float = 5.0) -> Request:
+        """Wait for a request whose last message contains the text; return the newest."""
+        self.wait_for(lambda: bool(self.asked(text)), timeout)
+        return self.asked(text)[-1]
+
+    def asked(self, text: str) -> list[Request]:
+        """Return the requests whose last message contains the text."""
+        return [each for each in list(self.requests) if text in each.contents[-1]]
+
+    def script_for(self, request: Request) -> Script:
+        last = request.contents[-1]
+        found = (script for text, script in self._scripts if text in last)
+        script = next(found, self.default)
+        if script.tokens is None:
+            words = last.split(" ")
+            echo = ["You", " said", ":", *(f" {word}" for word in words)]
+            script = replace(script, tokens=echo)
+        return script
+
+    def note(self, change: Callable[[], object]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()
+
+    async def held(self) -> None:
+        await self._released.wait()
+
+    async def _start(self) -> int:
+        def connect() -> _Connection:
+            self._opened += 1
+            return _Connection(self, self._opened, self._connections)
+
+        self._server = await self._loop.create_server(connect, "127.0.0.1", self._port)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for connection in list(self._connections):
+            connection.abort()
+        await asyncio.sleep(0)
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, groq: FakeGroq, number: int, open_connections: set["_Connection"]) -> None:
+        self._groq = groq
+        self._number = number
+        self._open = open_connections
+        self._received = b""
+        self._request: Request | None = None
+        self._answering: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._open.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._open.discard(self)
+        if self._answering:
+            self._answering.cancel()
+        if request := self._request:
+            request.closed_at = time.monotonic()
+            self._groq.note(request.closed.set)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, rest = self._received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (x.partition(": ") for x in lines)}
+        length = int(headers.get("content-length", "0"))
+        if len(rest) < length:
+            return
+        self._received = rest[length:]
+        method, path, _ = first.split(" ")
+        body = json.loads(rest[:length]) if length else None
+        request = Request(method, path, headers, body, time.monotonic(), self._number)
+        self._request = request
+        self._groq.note(lambda: self._groq.requests.append(request))
+        self._answering = asyncio.get_running_loop().create_task(self._answer(request))
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    async def _answer(self, request: Request) -> None:
+        script = self._groq.script_for(request)
+        if script.hold_before_status:
+            await self._groq.held()
+        if script.cut_before_status:
+            return self._transport.close()
+        if script.status != 200:
+            self._write_whole(script, script.body or b'{"error":{"message":"org_secret: no"}}')
+        elif request.body.get("stream"):
+            await self._stream(script, request)
+        else:
+            await self._whole(script, request)
+        request.answered = True
+
+    async def _whole(self, script: Script, request: Request) -> None:
+        tokens = script.tokens or ()
+        if script.hold_before_token is not None:
+            await self._groq.held()
+        await asyncio.sleep(script.interval * len(tokens))
+        if script.cut_before_token is not None:
+            return self._transport.close()
+        choice = {"message": {"role": "assistant", "content": "".join(tokens) or None}}
+        body: dict[str, Any] = {
+            "choices": [{**choice, "finish_reason": script.finish_reason}],
+            "x_groq": {"id": "req_fake"},
+        }
+        if usage := _usage(script):
+            body["usage"] = usage
+        if script.error_before_token is not None:
+            body = {"error": {"message": "org_secret is over capacity"}}
+        self._write_whole(script, json.dumps(body).encode() if script.body is None else script.body)
+
+    def _write_whole(self, script: Script, body: bytes) -> None:
+        headers = (*script.headers, ("content-type", "application/json"))
+        head = [f"HTTP/1.1 {script.status} Whatever", f"content-length: {len(body)}"]
+        head += [f"{name}: {value}" for name, value in headers]
+        self._transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
+
+    async def _stream(self, script: Script, request: Request) -> None:
+        headers = (*script.headers, ("content-type", "text/event-stream"))
+        head = ["HTTP/1.1 200 OK", "transfer-encoding: chunked"]
+        head += [f"{name}: {value}" for name, value in headers]
+        self._transport.write("\r\n".join(head).encode() + b"\r\n\r\n")
+        async for event in self._events(script, request):
+            for piece in _pieces(event.replace(b"\n", script.newline.encode()), script.piece):
+                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                if script.piece:
+                    await asyncio.sleep(0)
+        if not self._transport.is_closing():
+            self._transport.write(b"0\r\n\r\n")
+
+    async def _events(self, script: Script, request: Request) -> AsyncIterator[bytes]:
+        if script.body is not None:
+            yield script.body
+            return
+        yield _chunk({"role": "assistant"}, x_groq={"id": "req_fake"})
+        while script.comments is not None:
+            yield b": still thinking\n\n"
+            await asyncio.sleep(script.comments)
+        for thought in script.reasoning:
+            yield _chunk({"reasoning": thought})
+        for number, token in enumerate((*(script.tokens or ()), None)):
+            if number == script.hold_before_token:
+                await self._groq.held()
+            if number == script.cut_before_token:
+                self._transport.close()
+                return
+            if number == script.error_before_token:
+                yield script.error.encode() + b"\n\n"
+                return
+            if token is not None:
+                if script.interval:
+                    await asyncio.sleep(script.interval)
+                request.sent_at.append(time.monotonic())
+                yield _chunk({"content": token})
+        for event in _ending(script):
+            yield event
+
+
+def _chunk(delta: dict[str, Any], finish_reason: str | None = None, **members: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    chunk = {"id": "chatcmpl-fake", "choices": [choice], **members}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def _ending(script: Script) -> Iterator[bytes]:
+    """The finish, with the usage in the three places where Groq gives it."""
+    usage = _usage(script)
+    if script.finish_reason:
+        members = {"usage": usage, "x_groq": {"id": "req_fake", "usage": usage}} if usage else {}
+        yield _chunk({}, script.finish_reason, **members)
+    if usage:
+        yield b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+    if script.done:
+        yield b"data: [DONE]\n\n"
+
+
+def _usage(script: Script) -> dict[str, Any] | None:
+    if script.prompt_tokens is None:
+        return None
+    thoughts = len(script.reasoning)
+    completion = script.completion_tokens
+    completion = len(script.tokens or ()) if completion is None else completion
+    return {
+        "prompt_tokens": script.prompt_tokens,
+        "completion_tokens": completion + thoughts,
+        "total_tokens": script.prompt_tokens + completion + thoughts,
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
+    }
+
+
+def _pieces(data: bytes, size: int | None) -> Iterator[bytes]:
+    size = size or len(data) or 1
+    return (data[start : start + size] for start in range(0, len(data), size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A stand-in for Groq's API.")
+    parser.add_argument("--port", type=int, default=9000)
+    parser.add_argument("--interval", type=float, default=0.05, help="seconds between tokens")
+    options = parser.parse_args()
+    with FakeGroq(Script(interval=options.interval), port=options.port) as groq:
+        print(f"a stand-in for Groq listens on {groq.url}", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
