@@ -27,13 +27,22 @@ from chat.config import Settings, SettingsError, load_settings
 from chat.errors import ChatError
 from chat.groq import open_groq
 from chat.history import MemoryHistory
-from chat.http import JSONReply, JSONResponse, SSEReply, error_response, read_body, wants_stream
+from chat.http import (
+    JSONReply,
+    JSONResponse,
+    SSEReply,
+    chat_error,
+    read_body,
+    routing_error,
+    wants_stream,
+)
 from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import RequestMiddleware
 from chat.service import ChatService
 from chat.tokens import CACHE_TTL, TokenCounts
 from chat.websocket import ChatSocket
 
+HOST = "0.0.0.0"  # noqa: S104  (a service in a container listens on all of its addresses)
 OPENAPI = Path(__file__).with_name("openapi.yaml")
 
 
@@ -122,7 +131,7 @@ def create_app(settings: Settings) -> Starlette:
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[Middleware(RequestMiddleware)],
-        exception_handlers={ChatError: error_response, HTTPException: error_response},
+        exception_handlers={ChatError: chat_error, HTTPException: routing_error},
     )
     app.router.redirect_slashes = False
     app.state.settings = settings
@@ -134,8 +143,7 @@ def settings_or_exit() -> Settings:
     try:
         return load_settings()
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.exit(f"error: {error}")
 
 
 def __getattr__(name: str) -> Starlette:
@@ -149,7 +157,7 @@ def __getattr__(name: str) -> Starlette:
 def main() -> None:
     settings = settings_or_exit()
     logs.configure()
-    uvicorn.run(create_app(settings), host="0.0.0.0", port=settings.port, log_config=None)
+    uvicorn.run(create_app(settings), host=HOST, port=settings.port, log_config=None)
 
 
 if __name__ == "__main__":

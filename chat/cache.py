@@ -41,7 +41,7 @@ class RedisCache:
 
     async def get(self, keys: Sequence[str]) -> list[int | None]:
         """Return the value of each key, None where it is unknown or Redis is not there."""
-        values: Sequence[bytes | None] = []
+        values: Sequence[bytes | str | None] = []
         if keys and self._usable:
             async with self._in_budget():
                 values = await self._redis.mget(keys)
@@ -93,7 +93,7 @@ class RedisCache:
         logger.log(logging.INFO if is_up else logging.WARNING, message)
 
 
-def _number(value: bytes | None) -> int | None:
+def _number(value: bytes | str | None) -> int | None:
     return int(value) if value and value.isdigit() else None
 
 

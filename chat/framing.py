@@ -50,7 +50,7 @@ class EventParser:
         return self._events(complete) if end else []
 
     def close(self) -> list[bytes]:
-        """Return the event that the end of the stream completes: some servers omit its last line."""
+        """Return the event that the end of the stream completes: some servers leave its end off."""
         rest, self._rest = self._rest, b""
         return self._events(rest)
 
@@ -155,7 +155,7 @@ def sse_events(tokens: list[str]) -> bytes:
 
 
 def _sse_event(token: str) -> str:
-    if token == "[DONE]":
+    if token == "[DONE]":  # noqa: S105
         return _sse_event("[") + _sse_event("DONE]")
     return "data: " + _LINE_END.sub("\ndata: ", token) + "\n\n"
 

@@ -7,11 +7,12 @@ OpenAI's will do. The only place that knows of httpx and of aiohttp, which is it
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from email.utils import parsedate_to_datetime
 from math import ceil
 from time import time
+from typing import cast
 
 import aiohttp
 import httpx
@@ -72,17 +73,7 @@ class Groq:
                 body += received
                 if len(body) > MAX_REPLY_BYTES:
                     raise GroqReplyBroken("sent a reply that is too large")
-        whole = decode_reply(body)
-        if whole is None or not (whole.choices or whole.is_error):
-            raise GroqReplyBroken("sent something that is not a reply")
-        if whole.is_error or not whole.choices:
-            raise GroqFailed
-        reply.usage, reply.groq_id = whole.reported_usage, whole.groq_id
-        message = whole.choices[0].message
-        text = message.content if message else None
-        if text:
-            reply.add([text])
-        self._check_not_empty(reply, whole.choices[0].finish_reason)
+            self._take_whole(body, reply)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
         """
@@ -109,8 +100,20 @@ class Groq:
             reply.usage = parser.usage
             if parser.error:
                 raise parser.error
+            self._check_not_empty(reply, parser.finish_reason)
             await _drain(response)
-        self._check_not_empty(reply, parser.finish_reason)
+
+    def _take_whole(self, body: bytes, reply: Reply) -> None:
+        whole = decode_reply(body)
+        if whole and whole.is_error:
+            raise GroqFailed
+        if whole is None or not whole.choices:
+            raise GroqReplyBroken("sent something that is not a reply")
+        reply.usage, reply.groq_id = whole.reported_usage, whole.groq_id
+        choice = whole.choices[0]
+        if choice.message and choice.message.content:
+            reply.add([choice.message.content])
+        self._check_not_empty(reply, choice.finish_reason)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
@@ -139,7 +142,8 @@ class Groq:
                     raise _refusal(response)
                 reply.accept()
                 clock.reschedule(self._deadline())
-                async with aclosing(response.aiter_raw()) as reads:
+                reads = cast(AsyncGenerator[bytes], response.aiter_raw())
+                async with aclosing(reads):
                     yield reads, clock
 
 

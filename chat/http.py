@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chat.errors import BodyTooLarge, ChatError
-from chat.framing import DONE_EVENT, KEEP_ALIVE, error_body, sse_error, sse_events
+from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
 from chat.messages import ChatRequest
 from chat.middleware import log_fields
 from chat.reply import Reply
@@ -110,7 +110,7 @@ def _body(frames: bytes, *, more_body: bool = True) -> dict[str, object]:
 
 @asynccontextmanager
 async def _taken(reply: Reply, scope: Scope, receive: Receive) -> AsyncIterator[None]:
-    """Abandon the reply when the caller leaves, and in any case at the end; log what became of it."""
+    """Abandon the reply when the caller leaves, and at the end in any case; log how it went."""
     listener = asyncio.create_task(_abandon_on_disconnect(reply, receive))
     try:
         yield
@@ -126,22 +126,23 @@ async def _abandon_on_disconnect(reply: Reply, receive: Receive) -> None:
     reply.abandon()
 
 
-async def error_response(request: Request, error: Exception) -> Response:
-    """Render an error of ours, or one of Starlette's routing."""
-    headers = {"content-type": "application/json"}
-    if isinstance(error, HTTPException):
-        status, message = error.status_code, error.detail
-        headers.update(error.headers or {})
-        if status == 404:
-            message = "there is no such path"
-        elif status == 405:
-            message = f"the method must be one of {headers.get('Allow')}"
-    else:
-        assert isinstance(error, ChatError)
-        status, message = error.status, error.message
-        if error.retry_after is not None:
-            headers["retry-after"] = str(error.retry_after)
-        if isinstance(error, BodyTooLarge):
-            headers["connection"] = "close"  # the rest of the body is not read
-        log_fields(request.scope).setdefault("error", error.reason)
-    return Response(error_body(message), status, headers)
+async def chat_error(request: Request, error: Exception) -> Response:
+    """Render an error of ours."""
+    assert isinstance(error, ChatError)  # noqa: S101  (what it is registered for)
+    log_fields(request.scope).setdefault("error", error.reason)
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, BodyTooLarge):
+        headers["connection"] = "close"  # the rest of the body is not read
+    return JSONResponse({"error": error.message}, error.status, headers)
+
+
+async def routing_error(request: Request, error: Exception) -> Response:
+    """Render what Starlette's routing raises: 404 and 405."""
+    assert isinstance(error, HTTPException)  # noqa: S101  (what it is registered for)
+    headers = dict(error.headers or {})
+    message = "there is no such path"
+    if "Allow" in headers:
+        message = f"the method must be one of {headers['Allow']}"
+    return JSONResponse({"error": message}, error.status_code, headers)

@@ -9,6 +9,7 @@ import atexit
 import logging
 import sys
 import traceback
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
@@ -49,15 +50,21 @@ class DroppingQueueHandler(QueueHandler):
     """Put lines on the queue; drop them while it is full rather than wait."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
+        with suppress(Full):
             self.queue.put_nowait(record)
-        except Full:
-            pass
 
 
-def is_not_websocket_access(record: logging.LogRecord) -> bool:
-    """Tell uvicorn's access lines for WebSockets, raw paths and all, from its other lines."""
-    return '"WebSocket %s"' not in str(record.msg)
+SOCKET_LINES = (
+    '%s - "WebSocket %s"',
+    "connection open",
+    "connection rejected",
+    "connection closed",
+)
+"""What uvicorn and websockets log of each WebSocket, raw paths and all."""
+
+
+def is_not_of_a_socket(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(SOCKET_LINES)
 
 
 def configure() -> None:
@@ -73,7 +80,8 @@ def configure() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    logging.getLogger("uvicorn.error").addFilter(is_not_websocket_access)
+        logging.getLogger(name).setLevel(logging.INFO)  # below it they show paths and messages
+    logging.getLogger("uvicorn.error").addFilter(is_not_of_a_socket)
     access = logging.getLogger("uvicorn.access")
     access.handlers.clear()
     access.propagate = False

