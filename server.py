@@ -105,6 +105,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Open what the service holds, hand it on, and close it in the opposite order."""
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
+        stack.callback(logs.write_directly)
         cache = None
         if settings.redis_addr:
             opening = open_cache(settings.redis_addr, settings.redis_password, ttl=CACHE_TTL)

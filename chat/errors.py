@@ -34,7 +34,13 @@ class ChatError(Exception):
 
     @property
     def message(self) -> str:
+        """What the caller is told."""
         return str(self)
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What a log line says of it."""
+        return {"error": self.reason}
 
 
 class BadRequest(ChatError):
@@ -85,6 +91,10 @@ class GroqRefused(GroqError):
         super().__init__(f"the language model service answered with status {upstream_status}")
         self.upstream_status = upstream_status
         self.retry_after = retry_after
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        return {"error": self.reason, "upstream_status": self.upstream_status}
 
 
 class GroqFailed(GroqError):

@@ -129,7 +129,7 @@ async def _abandon_on_disconnect(reply: Reply, receive: Receive) -> None:
 async def chat_error(request: Request, error: Exception) -> Response:
     """Render an error of ours."""
     assert isinstance(error, ChatError)  # noqa: S101  (what it is registered for)
-    log_fields(request.scope).setdefault("error", error.reason)
+    log_fields(request.scope).update(error.log_fields)
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)

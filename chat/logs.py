@@ -47,7 +47,9 @@ class JSONFormatter(logging.Formatter):
 
 
 class DroppingQueueHandler(QueueHandler):
-    """Put lines on the queue; drop them while it is full rather than wait."""
+    """Put lines on a queue; drop them while it is full rather than wait."""
+
+    listener: QueueListener
 
     def enqueue(self, record: logging.LogRecord) -> None:
         with suppress(Full):
@@ -72,9 +74,9 @@ def configure() -> None:
     lines: Queue[logging.LogRecord] = Queue(QUEUED_LINES)
     handler = DroppingQueueHandler(lines)
     handler.setFormatter(JSONFormatter())
-    listener = QueueListener(lines, logging.StreamHandler(sys.stdout))
-    listener.start()
-    atexit.register(listener.stop)
+    handler.listener = QueueListener(lines, logging.StreamHandler(sys.stdout))
+    handler.listener.start()
+    atexit.register(write_directly)
 
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
@@ -87,6 +89,18 @@ def configure() -> None:
     access.propagate = False
     for name in ("httpx", "httpcore", "aiohttp", "redis", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def write_directly() -> None:
+    """Write what is queued, and from now on each line at once: the process is about to end."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        if isinstance(handler, DroppingQueueHandler):
+            direct = logging.StreamHandler(sys.stdout)
+            direct.setFormatter(handler.formatter)
+            root.addHandler(direct)
+            root.removeHandler(handler)
+            handler.listener.stop()
 
 
 def log_request(method: str, endpoint: str, status: int, fields: dict[str, Any]) -> None:

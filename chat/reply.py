@@ -167,7 +167,7 @@ class Reply:
             "completion_tokens": self.completion_tokens,
             "model": self.model,
             "groq_id": self.groq_id,
-            "error": self.error.reason if self.error else None,
+            **(self.error.log_fields if self.error else {}),
         }
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -6,6 +6,7 @@ tokenizer. So it is remembered under a hash of model, role and content: in this 
 Redis for all replicas.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,14 +105,27 @@ class TokenCounts:
             self._known.popitem(last=False)
 
 
+MESSAGE_TOKENS = 4
+"""What a model's template puts around each message."""
+
+# What a BPE vocabulary of today (o200k) makes one token of, about: fitted to texts and code, with
+# the measured counts in tests/token_counts.json.
+PIECES = re.compile(
+    r"[._(]?[A-Z]?[a-z\u1e00-\u1eff]{1,10}|[A-Z]{1,4}|[0-9]{1,3}"  # words, parts of identifiers
+    r"|[^\S\n]*\n\s*|[ \t]{2,}|[!-/:-@\[-`{-~]{1,8}"  # indentation, punctuation
+    r"|[\u0400-\u052f\u0600-\u06ff]{1,4}|[\u0080-\u1fff]{1,3}"  # Cyrillic, Arabic; others
+    r"|[\u2000-\u2e7f]|[\U00010000-\U0010ffff]"  # symbols, emoji
+)
+IDEOGRAPHS = re.compile(r"[\u2e80-\uffef]")  # Chinese, Japanese, Korean
+TOKENS_PER_IDEOGRAPH = 0.77
+
+
 def estimate(message: Message) -> int:
     """Return about how many tokens a message takes in a prompt."""
     return estimate_tokens(message.content) + MESSAGE_TOKENS
 
 
-MESSAGE_TOKENS = 4
-"""What a model's template puts around each message."""
-
-
 def estimate_tokens(text: str) -> int:
-    return 1 + len(text) // 4
+    """Return about how many tokens a text takes; at least one."""
+    ideographs = len(IDEOGRAPHS.findall(text)) * TOKENS_PER_IDEOGRAPH
+    return max(1, round(len(PIECES.findall(text)) + ideographs))

@@ -60,7 +60,7 @@ class ChatSocket:
             else:
                 self._begin(request)
         except ChatError as error:
-            record_message(self._websocket.scope, error.status, {"error": error.reason})
+            record_message(self._websocket.scope, error.status, error.log_fields)
             await self._fail(error)
 
     def _parse(self, message: Message) -> SocketRequest:

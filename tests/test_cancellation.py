@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
+
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, body, wait_until
 

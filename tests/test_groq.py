@@ -86,7 +86,7 @@ GOOD = 'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n'
         GOOD + "data:[DONE]\n\n",
         "\ufeff" + GOOD + "data: [DONE]\n\n",
         ": comment\n\n" + GOOD + ":\n\nid: 5\nretry: 9\n\ndata: [DONE]\n\n",
-        'event: message\ndata: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\ndata: [DONE]\n\n',
+        'event: x\ndata: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\ndata: [DONE]\n\n',
         GOOD + 'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n',
         GOOD + 'data: {"choices":[{"delta":null,"finish_reason":"stop"}],"usage":null}',
         'data: {"choices":[{"delta":{"content":null}}]}\n\n' + GOOD + "data: [DONE]\n\n",

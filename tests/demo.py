@@ -1,0 +1,36 @@
+"""`make demo`: the service in front of the stand-in for Groq; no key, no Redis, no network."""
+
+import os
+import subprocess
+import sys
+
+from tests.fake_groq import FakeGroq, Script
+
+PORT = os.environ.get("PORT", "8000")
+URL = f"http://127.0.0.1:{PORT}"
+BODY = '{"messages":[{"role":"user","content":"Hello!"}]}'
+TRY = f"""
+The service listens on {URL}, in front of a stand-in that echoes. Try:
+
+  curl -s {URL}/chat -d '{BODY}'
+  curl -sN {URL}/chat?stream=true -d '{BODY}'
+  curl -s {URL}/metrics
+
+Ctrl-C ends it.
+"""
+
+
+def main() -> int:
+    with FakeGroq(Script(interval=0.1)) as groq:
+        settings = {"GROQ_API_KEY": "demo", "GROQ_BASE_URL": groq.url, "REDIS_ADDR": ""}
+        print(TRY, flush=True)
+        service = subprocess.Popen([sys.executable, "server.py"], env={**os.environ, **settings})
+        while True:
+            try:
+                return service.wait()
+            except KeyboardInterrupt:
+                continue  # the service got it too; it ends by itself
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Settings: defaults, the environment, the `.env` file, and what a bad value says."""
+
+from pathlib import Path
+
+import pytest
+
+from chat.config import Settings, SettingsError, load_settings
+
+KEY = {"GROQ_API_KEY": "gsk_key"}
+
+
+def load(environ: dict[str, str], env_file: Path | str = "/nowhere/.env") -> Settings:
+    return load_settings({**KEY, **environ}, env_file)
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    settings = load({})
+    assert settings.port == 8000
+    assert settings.redis_addr == "redis:6379"
+    assert settings.max_tokens == 1024
+    assert settings.max_exchanges == 20
+    assert settings.model == "openai/gpt-oss-20b"
+    assert settings.groq_base_url == "https://api.groq.com/openai/v1"
+    assert settings.context_tokens == 131_072
+    assert (settings.groq_connect_timeout, settings.groq_timeout) == (5.0, 60.0)
+    assert settings.max_conversations == 10_000
+    assert settings.conversation_ttl == 24 * 3600
+    assert settings.shared_conversation is True
+
+
+def test_the_environment_decides_and_is_trimmed() -> None:
+    settings = load({"PORT": " 9000 ", "GROQ_TIMEOUT": "1.5", "SHARED_CONVERSATION": "False"})
+    assert (settings.port, settings.groq_timeout) == (9000, 1.5)
+    assert settings.shared_conversation is False
+
+
+def test_an_env_file_fills_what_the_environment_lacks(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text('# ours\nPORT=9001\nMODEL=file-model\nSYSTEM_PROMPT="Be kind."\n')
+    settings = load({"MODEL": "environment-model"}, env_file)
+    assert (settings.port, settings.model) == (9001, "environment-model")
+    assert settings.system_prompt == "Be kind."
+
+
+def test_a_base_url_loses_its_last_slash() -> None:
+    assert (
+        load({"GROQ_BASE_URL": "http://[::1]:11434/v1/"}).groq_base_url == "http://[::1]:11434/v1"
+    )
+
+
+def test_redis_may_be_left_out() -> None:
+    assert load({"REDIS_ADDR": ""}).redis_addr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PORT", "http", "a whole number from 1 to 65,535, not 'http'"),
+        ("PORT", "65536", "a whole number from 1 to 65,535, not '65536'"),
+        ("PORT", "", "a whole number from 1 to 65,535, not ''"),
+        ("MAX_TOKENS", "0", "a whole number from 1 to 1,000,000, not '0'"),
+        ("MAX_EXCHANGES", "1.5", "a whole number from 1 to 1,000, not '1.5'"),
+        ("GROQ_TIMEOUT", "nan", "a number of seconds from 0.01 to 3600, not 'nan'"),
+        ("GROQ_TIMEOUT", "0", "a number of seconds from 0.01 to 3600, not '0'"),
+        ("SHARED_CONVERSATION", "maybe", "true or false, not 'maybe'"),
+        ("GROQ_BASE_URL", "api.groq.com", "an http:// or https:// URL"),
+        ("GROQ_BASE_URL", "https://user:secret@groq/", "an http:// or https:// URL"),
+        (
+            "REDIS_ADDR",
+            "redis",
+            "host:port, such as redis:6379, or empty for no Redis, not 'redis'",
+        ),
+        ("MODEL", "two words", "the name of a model"),
+        ("REASONING_EFFORT", "none", "low, medium or high, not 'none'"),
+        ("MAX_TOKENS", "131072", "less than CONTEXT_TOKENS (131072), not 131072"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_it_should_be(name: str, value: str, expected: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load({name: value})
+    assert str(error.value).startswith(f"{name} must be {expected}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("environ", [{}, {"GROQ_API_KEY": ""}, {"GROQ_API_KEY": "two words"}])
+def test_a_key_is_required_and_never_shown(environ: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"^GROQ_API_KEY .*must be an API key from") as error:
+        load_settings(environ, "/nowhere/.env")
+    assert "two words" not in str(error.value)
+    assert "gsk_key" not in repr(load({}))

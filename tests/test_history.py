@@ -1,0 +1,243 @@
+"""The store of conversations, alone and from many threads, and as the service uses it."""
+
+import asyncio
+import threading
+
+import pytest
+
+from chat.history import Exchange, MemoryHistory, flatten
+from chat.messages import Message
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq
+from tests.servers import Service
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def exchange(question: str, reply: str = "reply") -> Exchange:
+    return Exchange((Message("user", question), Message("assistant", reply)))
+
+
+def memory(
+    *,
+    max_exchanges: int = 20,
+    max_conversations: int = 100,
+    max_bytes: int = 1 << 30,
+    ttl: float = 60.0,
+    clock: Clock | None = None,
+) -> MemoryHistory:
+    return MemoryHistory(
+        max_exchanges=max_exchanges,
+        max_conversations=max_conversations,
+        max_bytes=max_bytes,
+        ttl=ttl,
+        clock=clock or Clock(),
+    )
+
+
+def questions(history: MemoryHistory, conversation: str) -> list[str]:
+    exchanges = asyncio.run(history.read(conversation))
+    return [message.content for message in flatten(exchanges) if message.role == "user"]
+
+
+def ask(history: MemoryHistory, conversation: str, *contents: str) -> None:
+    for content in contents:
+        asyncio.run(history.append(conversation, exchange(content)))
+
+
+def test_only_the_last_exchanges_stay() -> None:
+    history = memory(max_exchanges=2)
+    ask(history, "c", "one", "two", "three")
+    assert questions(history, "c") == ["two", "three"]
+
+
+def test_a_snapshot_does_not_change_afterwards() -> None:
+    history = memory()
+    ask(history, "c", "one")
+    snapshot = asyncio.run(history.read("c"))
+    ask(history, "c", "two")
+    assert snapshot == (exchange("one"),)
+
+
+def test_conversations_do_not_mix_and_are_forgotten_alone() -> None:
+    history = memory()
+    ask(history, "a", "one")
+    ask(history, "b", "two")
+    asyncio.run(history.forget("a"))
+    asyncio.run(history.forget("never there"))
+    assert (questions(history, "a"), questions(history, "b")) == ([], ["two"])
+    assert asyncio.run(history.count()) == 1
+
+
+def test_the_least_recently_used_conversation_goes_first() -> None:
+    history = memory(max_conversations=2)
+    ask(history, "a", "one")
+    ask(history, "b", "two")
+    questions(history, "a")
+    ask(history, "c", "three")
+    assert [questions(history, each) for each in "abc"] == [["one"], [], ["three"]]
+
+
+def test_texts_take_no_more_than_their_share_of_memory() -> None:
+    history = memory(max_bytes=100_000)
+    for number in range(50):
+        ask(history, f"c{number}", "x" * 10_000)
+    kept = [number for number in range(50) if questions(history, f"c{number}")]
+    assert kept == list(range(41, 50))
+
+
+def test_reading_what_is_not_there_stores_nothing() -> None:
+    history = memory()
+    assert questions(history, "c") == []
+    assert asyncio.run(history.count()) == 0
+
+
+def test_an_idle_conversation_goes_and_one_in_use_stays() -> None:
+    clock = Clock()
+    history = memory(ttl=60, clock=clock)
+    ask(history, "idle", "one")
+    ask(history, "used", "two")
+    clock.now = 40
+    questions(history, "used")
+    clock.now = 80
+    assert (questions(history, "idle"), questions(history, "used")) == ([], ["two"])
+    assert asyncio.run(history.count()) == 1
+
+
+def test_many_threads_lose_no_exchange_and_tear_none() -> None:
+    threads, turns = 16, 200
+    history = memory(max_exchanges=threads * turns)
+    barrier = threading.Barrier(threads)
+    torn: list[Exchange] = []
+
+    async def hammer(name: str) -> None:
+        for turn in range(turns):
+            await history.append("shared", exchange(f"{name} {turn}", f"{name} {turn}"))
+            await history.append(f"own {name} {turn % 7}", exchange("q"))
+            snapshot = await history.read("shared")
+            torn.extend(x for x in snapshot if len({m.content for m in x.messages}) != 1)
+            await history.forget(f"own {name} {turn % 7}")
+
+    def run(name: str) -> None:
+        barrier.wait()
+        asyncio.run(hammer(name))
+
+    running = [threading.Thread(target=run, args=(f"thread {n}",)) for n in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    kept = questions(history, "shared")
+    assert sorted(kept) == sorted(f"thread {n} {t}" for n in range(threads) for t in range(turns))
+    in_order = [content for content in kept if content.startswith("thread 3 ")]
+    assert in_order == [f"thread 3 {turn}" for turn in range(turns)]
+    assert torn == []
+    assert asyncio.run(history.count()) == 1
+
+
+def test_the_history_goes_along_to_groq(
+    service: Service, groq: FakeGroq, conversation: str
+) -> None:
+    service.reply("one", conversation)
+    service.tokens("two", conversation)
+    service.reply("three", conversation)
+    expected = ["one", "You said: one", "two", "You said: two", "three"]
+    assert groq.requests[-1].contents == expected
+
+
+def test_no_more_than_max_exchanges_go_along(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(MAX_EXCHANGES=2)
+    for number in range(4):
+        service.reply(f"n{number}", conversation)
+    assert groq.requests[-1].contents[::2] == ["n1", "n2", "n3"]
+    assert service.contents(conversation)[::2] == ["n2", "n3"]
+
+
+def test_callers_without_a_conversation_share_one(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service()
+    service.reply("one")
+    service.reply("mine", conversation)
+    service.reply("two")
+    assert groq.requests[-1].contents == ["one", "You said: one", "two"]
+
+
+def test_the_shared_conversation_can_be_turned_off(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(SHARED_CONVERSATION="false")
+    service.reply("one")
+    service.reply("two")
+    assert groq.requests[-1].contents == ["two"]
+    service.reply("mine", conversation)
+    service.reply("mine too", conversation)
+    assert groq.requests[-1].contents == ["mine", "You said: mine", "mine too"]
+
+
+def test_a_transcript_that_is_sent_again_is_not_stored_twice(
+    service: Service, groq: FakeGroq, conversation: str
+) -> None:
+    transcript: list[dict[str, str]] = []
+    for number in range(3):
+        transcript.append({"role": "user", "content": f"n{number}"})
+        asked = {"messages": transcript, "conversation": conversation}
+        reply = service.http.post("/chat", json=asked).json()["response"]
+        transcript.append({"role": "assistant", "content": reply})
+    assert groq.requests[-1].body["messages"] == transcript[:-1]
+    assert service.messages(conversation) == transcript
+
+
+def test_several_new_messages_are_one_exchange(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(MAX_EXCHANGES=1)
+    roles = ("user", "assistant", "user")
+    sent = [{"role": role, "content": f"m{n}"} for n, role in enumerate(roles)]
+    service.http.post("/chat", json={"messages": sent, "conversation": conversation})
+    assert service.contents(conversation) == ["m0", "m1", "m2", "You said: m2"]
+
+
+def test_the_number_of_conversations_is_limited_and_counted(start_service: StartService) -> None:
+    service = start_service(MAX_CONVERSATIONS=3)
+    for number in range(5):
+        service.reply("hello", f"conversation-{number:03}")
+    assert service.metric("history_conversations") == 3
+    assert service.contents("conversation-001") == []
+    assert service.contents("conversation-004") != []
+
+
+def test_an_idle_conversation_is_forgotten(start_service: StartService, conversation: str) -> None:
+    from tests.servers import wait_until
+
+    service = start_service(CONVERSATION_TTL=1)
+    service.reply("hello", conversation)
+    assert service.metric("history_conversations") == 1
+    wait_until(lambda: service.metric("history_conversations") == 0)
+    assert service.contents(conversation) == []
+
+
+@pytest.mark.parametrize("crossing", [2, 20])
+def test_requests_that_cross_each_store_a_whole_exchange(
+    service: Service, groq: FakeGroq, conversation: str, crossing: int
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(crossing) as pool:
+        list(pool.map(lambda n: service.reply(f"n{n}", conversation), range(crossing)))
+    contents = service.contents(conversation)
+    pairs = set(zip(contents[::2], contents[1::2], strict=True))
+    assert pairs == {(f"n{n}", f"You said: n{n}") for n in range(crossing)}
+    for request in groq.requests:
+        before = request.contents[:-1]
+        assert all(
+            reply == f"You said: {asked}"
+            for asked, reply in zip(before[::2], before[1::2], strict=True)
+        )

@@ -1,0 +1,72 @@
+"""The house rules that a machine can see: who imports whom, and who may name what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [
+    ["errors", "logs", "metrics"],
+    ["config", "messages", "cache"],
+    ["framing", "history", "reply"],
+    ["context", "tokens", "groq"],
+    ["service", "middleware"],
+    ["http", "websocket"],
+    ["server"],
+]
+MODULES = {path.stem: path for path in [*ROOT.glob("chat/*.py"), ROOT / "server.py"]}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+HOMES = {
+    "starlette": {"config", "http", "middleware", "websocket", "server"},
+    "uvicorn": {"server"},
+    "httpx": {"groq"},
+    "httpx_aiohttp": {"groq"},
+    "aiohttp": {"groq"},
+    "redis": {"cache"},
+    "prometheus_client": {"metrics"},
+    "os": {"config"},
+}
+
+
+def imports(name: str) -> set[str]:
+    """Return the full names of the modules that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "chat":
+            found |= {f"chat.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def names() -> list[str]:
+    return sorted(name for name in MODULES if name != "__init__")
+
+
+@pytest.mark.parametrize("name", names())
+def test_imports_run_downward_only(name: str) -> None:
+    ours = {found.split(".")[1] for found in imports(name) if found.startswith("chat.")}
+    assert {other for other in ours if LEVEL[other] >= LEVEL[name]} == set()
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_library_is_named_only_in_its_home(name: str) -> None:
+    libraries = {found.split(".")[0] for found in imports(name)}
+    assert {x for x in libraries if name not in HOMES.get(x, {name})} == set()
+
+
+@pytest.mark.parametrize("name", ["framing", "messages", "context"])
+def test_the_core_does_no_input_or_output_and_knows_no_clock(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree))
+    assert imports(name).isdisjoint({"asyncio", "time", "datetime", "socket"})
+
+
+def test_the_code_can_be_read_in_an_hour() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(lengths.values()) <= 400
+    assert sum(lengths.values()) <= 2500

@@ -1,0 +1,134 @@
+"""What the service logs: one JSON object a line, one line a request, nothing that is secret."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from queue import Queue
+
+import pytest
+
+from chat import logs
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import KEY, Service
+
+
+def lines_for(service: Service, request_id: str) -> list[dict[str, object]]:
+    service.log_line(request_id=request_id)
+    return [line for line in service.log_lines() if line.get("request_id") == request_id]
+
+
+@pytest.mark.parametrize(("stream", "stream_type"), [(True, "sse"), (False, "json")])
+def test_a_chat_is_one_line_with_everything_about_it(
+    service: Service, groq: FakeGroq, conversation: str, stream: bool, stream_type: str
+) -> None:
+    groq.on("question", Script(["a", "b"], reasoning=["hm"], prompt_tokens=17))
+    asked = {"messages": [{"role": "user", "content": "question"}], "stream": stream}
+    headers = {"x-request-id": f"one-line-{stream_type}"}
+    service.http.post("/chat", json={**asked, "conversation": conversation}, headers=headers)
+    (line,) = lines_for(service, f"one-line-{stream_type}")
+    assert line.pop("duration_ms") >= line.pop("ttft_ms") > 0  # type: ignore[operator]
+    timestamp = datetime.fromisoformat(str(line.pop("timestamp")))
+    assert abs((datetime.now(UTC) - timestamp).total_seconds()) < 60
+    assert line == {
+        "level": "INFO",
+        "message": "POST /chat 200",
+        "request_id": f"one-line-{stream_type}",
+        "method": "POST",
+        "endpoint": "/chat",
+        "status": 200,
+        "client": "127.0.0.1",
+        "stream_type": stream_type,
+        "outcome": "completed",
+        "prompt_tokens": 17,
+        "completion_tokens": 3,
+        "model": "openai/gpt-oss-20b",
+        "groq_id": "req_fake",
+    }
+
+
+def test_a_failed_chat_is_one_warning_that_says_why(service: Service, groq: FakeGroq) -> None:
+    groq.on("question", Script(status=401))
+    headers = {"x-request-id": "refused"}
+    asked = {"messages": [{"role": "user", "content": "question"}]}
+    service.http.post("/chat", json=asked, headers=headers)
+    (line,) = lines_for(service, "refused")
+    assert (line["level"], line["outcome"]) == ("WARNING", "failed")
+    assert (line["error"], line["upstream_status"]) == ("refused", 401)
+
+
+def test_a_bad_request_is_one_line(service: Service) -> None:
+    service.http.post("/chat", content="{", headers={"x-request-id": "bad"})
+    (line,) = lines_for(service, "bad")
+    assert (line["level"], line["status"], line["error"]) == ("INFO", 400, "bad_request")
+
+
+def test_the_endpoint_is_the_template_and_never_the_path(
+    service: Service, conversation: str
+) -> None:
+    service.http.get(f"/conversations/{conversation}", headers={"x-request-id": "read"})
+    service.http.get(f"/{conversation}", headers={"x-request-id": "lost"})
+    assert lines_for(service, "read")[0]["endpoint"] == "/conversations/{id}"
+    assert lines_for(service, "lost")[0]["endpoint"] == "unmatched"
+
+
+def test_no_content_conversation_or_key_is_logged(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service()
+    groq.on("confidential", Script(["classified", "reply"]))
+    groq.on("confidential failure", Script(["classified"], cut_before_token=1))
+    for content in ("confidential question", "confidential failure"):
+        service.chat(content, conversation, stream=True)
+        service.chat(content, conversation)
+        with service.socket() as socket:
+            asked = {"messages": [{"role": "user", "content": content}]}
+            socket.send(json.dumps({**asked, "conversation": conversation}))
+            while "token" in json.loads(socket.recv(5)):
+                pass
+    service.http.get(f"/conversations/{conversation}?secret=confidential")
+    service.http.post("/chat", json={"messages": [{"role": "confidential", "content": "x"}]})
+    service.process.end()
+    for secret in ("confidential", "classified", conversation, KEY):
+        assert secret not in service.process.output
+
+
+def test_a_callers_line_break_makes_no_line(service: Service) -> None:
+    service.http.get("/%0a%7B%22level%22%3A1%7D", headers={"x-request-id": 'a","level":"x'})
+    service.http.get("/health", headers={"x-request-id": "after"})
+    service.log_line(request_id="after")
+    assert all(isinstance(line["level"], str) for line in service.log_lines())
+    assert not any(line.get("request_id", "").startswith("a") for line in service.log_lines()[:-1])
+
+
+def test_an_exception_is_logged_by_its_kind_and_place_without_its_text() -> None:
+    try:
+        raise ValueError("the caller's words")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "f", 1, "it failed", None, sys.exc_info())
+    line = json.loads(logs.JSONFormatter().format(record))
+    assert line["exception"] == "ValueError"
+    assert "test_logs.py" in line["traceback"]
+    assert "caller's words" not in json.dumps({**line, "traceback": ""})
+
+
+def test_a_full_queue_drops_lines_rather_than_wait() -> None:
+    queue: Queue[logging.LogRecord] = Queue(1)
+    handler = logs.DroppingQueueHandler(queue)
+    for message in ("kept", "dropped"):
+        handler.enqueue(logging.LogRecord("x", 20, "f", 1, message, None, None))
+    assert [queue.get_nowait().msg, queue.empty()] == ["kept", True]
+
+
+def test_a_stdout_that_nobody_reads_holds_up_no_request(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service()
+    service.process.pause_reading()
+    try:
+        for number in range(500):  # more than a pipe's 64 KiB
+            answer = service.http.get("/health", headers={"x-request-id": f"{number:0128}"})
+            assert answer.status_code == 200
+    finally:
+        service.process.resume_reading()

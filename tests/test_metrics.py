@@ -1,0 +1,92 @@
+"""What /metrics tells, read with Prometheus' own parser."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import Service, wait_until
+
+NAMES = {
+    "http_requests",
+    "http_request_duration_seconds",
+    "chat_requests",
+    "chat_time_to_first_token_seconds",
+    "chat_reply_duration_seconds",
+    "chat_replies",
+    "chat_tokens",
+    "chat_replies_active",
+    "groq_requests",
+    "groq_retries",
+    "token_cache_lookups",
+    "history_conversations",
+    "redis_up",
+}
+
+
+@pytest.fixture
+def fresh(start_service: StartService) -> Service:
+    """A service that has counted nothing."""
+    return start_service()
+
+
+def test_a_scrape_parses_and_every_metric_is_there(fresh: Service) -> None:
+    answer = fresh.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert {family.name for family in text_string_to_metric_families(answer.text)} >= NAMES
+
+
+def test_chats_are_counted_by_transport_and_outcome(fresh: Service, groq: FakeGroq) -> None:
+    groq.on("fail", Script(status=500))
+    fresh.reply("hello")
+    fresh.tokens("hello")
+    fresh.chat("fail", stream=True)
+    assert fresh.metric("chat_requests_total", stream_type="json") == 1
+    assert fresh.metric("chat_requests_total", stream_type="sse") == 2
+    assert fresh.metric("chat_replies_total", stream_type="sse", outcome="completed") == 1
+    assert fresh.metric("chat_replies_total", stream_type="sse", outcome="failed") == 1
+    assert fresh.metric("groq_requests_total", outcome="completed") == 2
+    assert fresh.metric("groq_requests_total", outcome="refused") == 1
+    assert fresh.metric("chat_reply_duration_seconds_count") == 3
+    assert fresh.metric("chat_time_to_first_token_seconds_count") == 1
+
+
+def test_requests_are_counted_by_template_and_status(fresh: Service, conversation: str) -> None:
+    fresh.http.get(f"/conversations/{conversation}")
+    fresh.http.get("/nope/1")
+    fresh.http.get("/nope/2")
+    labels = {"method": "GET", "endpoint": "/conversations/{id}", "status": "404"}
+    assert fresh.metric("http_requests_total", **labels) == 1
+    assert fresh.metric("http_requests_total", endpoint="unmatched") == 2
+    labels = {"method": "GET", "endpoint": "unmatched"}
+    assert fresh.metric("http_request_duration_seconds_count", **labels) == 2
+
+
+def test_tokens_are_counted_as_groq_reports_them(fresh: Service, groq: FakeGroq) -> None:
+    groq.on("hello", Script(["a", "b"], prompt_tokens=40, completion_tokens=30, reasoning=["hm"]))
+    fresh.tokens("hello")
+    fresh.reply("hello")
+    assert fresh.metric("chat_tokens_total", direction="prompt") == 80
+    assert fresh.metric("chat_tokens_total", direction="completion") == 62
+
+
+def test_tokens_are_estimated_where_nothing_is_reported(fresh: Service, groq: FakeGroq) -> None:
+    groq.on("hello", Script(["Hello", " there"], prompt_tokens=None))
+    fresh.tokens("hello")
+    assert 1 <= fresh.metric("chat_tokens_total", direction="prompt") <= 10
+    assert 1 <= fresh.metric("chat_tokens_total", direction="completion") <= 4
+
+
+def test_an_active_reply_and_a_cancelled_one_are_seen(fresh: Service, groq: FakeGroq) -> None:
+    groq.on("hold", Script(["a", "b"], hold_before_token=1))
+    with fresh.stream("hold") as (_, stream):
+        next(stream)
+        assert fresh.metric("chat_replies_active", stream_type="sse") == 1
+    wait_until(lambda: fresh.metric("chat_replies_active") == 0)
+    assert fresh.metric("chat_replies_total", stream_type="sse", outcome="cancelled") == 1
+    assert fresh.metric("groq_requests_total", outcome="cancelled") == 1
+
+
+def test_an_odd_method_makes_no_new_label(fresh: Service) -> None:
+    fresh.http.request("PROPFIND", "/chat")
+    assert fresh.metric("http_requests_total", method="OTHER", status="405") == 1
