@@ -13,6 +13,7 @@ ChatError
 │   ├── GroqReplyBroken            cut, or not what the protocol says
 │   ├── GroqReplyEmpty             a reply without text
 │   └── GroqTimeout           504  no answer in time
+├── CallerLeft                499  seen in the log only
 └── InternalError             500  a fault of ours; closes a WebSocket with 1011
 
 The text of each is for the caller: no secret, no stack trace, nothing that Groq said.
@@ -121,6 +122,14 @@ class GroqTimeout(GroqError):
 
     def __init__(self) -> None:
         super().__init__("the language model service did not answer in time")
+
+
+class CallerLeft(ChatError):
+    status = 499  # nginx's: there is no caller to see it
+    reason = "caller_left"
+
+    def __init__(self) -> None:
+        super().__init__("the caller left before the reply was complete")
 
 
 class InternalError(ChatError):

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chat import logs, metrics
-from chat.errors import InternalError
+from chat.errors import CallerLeft, InternalError
 from chat.framing import error_body
 from chat.reply import milliseconds
 
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-CLIENT_CLOSED_REQUEST = 499
-"""The status, nginx's, of a request whose caller left before its answer began."""
 
 
 def log_fields(scope: Scope) -> dict[str, Any]:
@@ -41,7 +39,7 @@ class RequestMiddleware:
         request_id = _request_id(scope)
         token = logs.request_id.set(request_id)
         started_at = time.perf_counter()
-        status = CLIENT_CLOSED_REQUEST
+        status = CallerLeft.status  # until an answer begins
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -62,8 +60,8 @@ class RequestMiddleware:
         except ClientDisconnect:
             pass
         except Exception:
-            if status != CLIENT_CLOSED_REQUEST:
-                raise
+            if status != CallerLeft.status:
+                raise  # too late for an answer: uvicorn logs it and closes the connection
             logger.exception("a request failed by a fault of ours")
             await _send_internal_error(send_with_id)
         finally:

@@ -116,7 +116,7 @@ class Reply:
         """
         if not self.is_accepted and self.outcome is None:
             await self._wait(timeout)
-        if not self.is_accepted and self.error:
+        if self.error and not self.is_accepted:
             raise self.error
         return self.is_accepted
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from chat import metrics
 from chat.config import Settings
 from chat.context import fit, without_overlap
-from chat.errors import ChatError, ConversationNotFound, InternalError
+from chat.errors import CallerLeft, ChatError, ConversationNotFound, InternalError
 from chat.groq import Groq
 from chat.history import SHARED, Exchange, History, flatten
 from chat.messages import ChatRequest, Message, Usage
@@ -99,6 +99,7 @@ class ChatService:
             except asyncio.CancelledError:
                 outcome = "cancelled"
                 reply.keep_what_was_read()
+                error = None if reply.was_stopped else CallerLeft()
             except ChatError as raised:
                 error = raised
             except Exception:

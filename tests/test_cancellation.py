@@ -20,7 +20,8 @@ Leave = Callable[[], None]
 def ask_over_http(service: Service, content: str, conversation: str, *, stream: bool) -> Leave:
     sent = json.dumps(body(content, conversation, stream=stream)).encode()
     connection = socket.create_connection(("127.0.0.1", service.port), 5)
-    head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
+    head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n"
+    head += f"X-Request-ID: of-{conversation}\r\n\r\n"
     connection.sendall(head.encode() + sent)
     return connection.close
 
@@ -71,3 +72,18 @@ def test_groqs_connection_is_closed_when_the_caller_leaves(
     assert request.closed_at - left_at < PROMPTLY
     assert not request.answered
     assert service.contents(conversation) == []
+
+
+@pytest.mark.parametrize("transport", ["json", "sse"])
+def test_a_caller_who_leaves_before_an_answer_is_one_line_in_the_log(
+    service: Service, groq: FakeGroq, conversation: str, transport: str
+) -> None:
+    groq.on("question", Script(hold_before_status=True))
+    with ExitStack() as stack:
+        leave = ask(transport, service, "question", conversation, stack)
+        groq.wait_for_request("question")
+        leave()
+        service.log_line(request_id=f"of-{conversation}")
+    lines = [x for x in service.log_lines() if x.get("request_id") == f"of-{conversation}"]
+    shown = [(line["level"], line["status"], line["outcome"]) for line in lines]
+    assert shown == [("INFO", 499, "cancelled")]

@@ -1,0 +1,89 @@
+"""What surrounds every request, when what it surrounds fails; over real sockets."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from chat.messages import SocketRequest
+from chat.middleware import RequestMiddleware
+from chat.reply import Reply
+from chat.websocket import ChatSocket
+from tests.servers import body, free_port, wait_until
+
+
+async def fail(request: Request) -> Response:
+    raise RuntimeError("the caller's words")
+
+
+async def fail_late(request: Request) -> Response:
+    def pieces() -> Iterator[bytes]:
+        yield b"begun"
+        raise RuntimeError("the caller's words")
+
+    return StreamingResponse(pieces())
+
+
+def fail_to_reply(request: SocketRequest) -> Reply:
+    raise RuntimeError("the caller's words")
+
+
+async def fail_on_socket(websocket: WebSocket) -> None:
+    await ChatSocket(websocket, fail_to_reply, max_bytes=1000).serve()
+
+
+@contextmanager
+def running(app: Starlette) -> Iterator[str]:
+    config = uvicorn.Config(app, port=free_port(), log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    yield f"127.0.0.1:{config.port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    routes = [
+        Route("/fail", fail),
+        Route("/fail-late", fail_late),
+        WebSocketRoute("/fail", fail_on_socket),
+    ]
+    with running(Starlette(routes=routes, middleware=[Middleware(RequestMiddleware)])) as found:
+        yield found
+
+
+def test_a_fault_of_ours_is_a_500_that_says_nothing(address: str) -> None:
+    answer = httpx.get(f"http://{address}/fail", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "an internal error occurred"}
+    assert answer.headers["x-request-id"] == "mine"
+
+
+def test_a_fault_after_the_beginning_cuts_the_connection(address: str) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"http://{address}/fail-late")
+
+
+def test_a_fault_on_a_websocket_is_told_before_it_closes_with_1011(address: str) -> None:
+    with connect(f"ws://{address}/fail") as socket:
+        socket.send(json.dumps(body("hello")))
+        assert json.loads(socket.recv(5)) == {"error": "an internal error occurred"}
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(5)
+    assert closed.value.rcvd
+    assert closed.value.rcvd.code == 1011
