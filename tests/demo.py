@@ -1,6 +1,7 @@
 """`make demo`: the service in front of the stand-in for Groq; no key, no Redis, no network."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,11 +26,9 @@ def main() -> int:
         settings = {"GROQ_API_KEY": "demo", "GROQ_BASE_URL": groq.url, "REDIS_ADDR": ""}
         print(TRY, flush=True)
         service = subprocess.Popen([sys.executable, "server.py"], env={**os.environ, **settings})
-        while True:
-            try:
-                return service.wait()
-            except KeyboardInterrupt:
-                continue  # the service got it too; it ends by itself
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the service too
+        signal.signal(signal.SIGTERM, lambda *_: service.terminate())
+        return service.wait()
 
 
 if __name__ == "__main__":

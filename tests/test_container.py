@@ -39,4 +39,8 @@ def test_all_that_the_image_copies_is_there_and_not_ignored() -> None:
 def test_every_dependency_is_pinned_exactly() -> None:
     for file in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / file).read_text().splitlines():
-            assert line.startswith("-r ") or re.match(r"[A-Za-z0-9_.-]+==[\w.]+($|;)", line), line
+            assert (
+                line[:1] in ("", "#")
+                or line.startswith("-r ")
+                or re.match(r"[A-Za-z0-9_.-]+==[\w.]+($|;)", line)
+            ), line
