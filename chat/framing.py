@@ -15,6 +15,7 @@ from chat.messages import Usage, decode_chunks
 MAX_EVENT_BYTES = 1 << 20
 """More than this without the end of an event is no reply."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
 DONE_EVENT = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -35,6 +36,7 @@ class EventParser:
     def __init__(self) -> None:
         self._rest = b""
         self._after_cr = False
+        self._is_at_start = True
 
     def feed(self, received: bytes) -> list[bytes]:
         """
@@ -65,6 +67,9 @@ class EventParser:
         return received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _events(self, block: bytes) -> list[bytes]:
+        if self._is_at_start:
+            self._is_at_start = False
+            block = block.removeprefix(BYTE_ORDER_MARK)
         return [data for event in block.split(b"\n\n") if (data := self._event(event))]
 
     def _event(self, event: bytes) -> bytes:
@@ -72,7 +77,7 @@ class EventParser:
         if event.startswith(b"data: ") and b"\n" not in event:
             return event[6:]
         data, is_error = [], False
-        for line in event.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        for line in event.split(b"\n"):
             field, _, value = line.partition(b":")
             value = value.removeprefix(b" ")
             if field == b"data":

@@ -5,9 +5,13 @@ from typing import Protocol
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
 
 from tests.fake_groq import FakeGroq
 from tests.servers import RedisServer, Service
+
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
 
 
 class StartService(Protocol):
