@@ -28,6 +28,7 @@ from chat.errors import ChatError
 from chat.groq import open_groq
 from chat.history import MemoryHistory
 from chat.http import (
+    NO_SUCH_PATH,
     JSONReply,
     JSONResponse,
     SSEReply,
@@ -37,12 +38,14 @@ from chat.http import (
     wants_stream,
 )
 from chat.messages import ChatRequest, check_conversation_id, parse_request
-from chat.middleware import RequestMiddleware
+from chat.middleware import UNMATCHED, RequestMiddleware
 from chat.service import ChatService
 from chat.tokens import CACHE_TTL, TokenCounts
 from chat.websocket import ChatSocket
 
 HOST = "0.0.0.0"  # noqa: S104  (a service in a container listens on all of its addresses)
+SHUTDOWN_TIMEOUT = 25
+"""Seconds that running replies have at the end; Kubernetes kills after 30."""
 OPENAPI = Path(__file__).with_name("openapi.yaml")
 
 
@@ -59,6 +62,10 @@ async def chat_socket(websocket: WebSocket) -> None:
     settings, service = websocket.app.state.settings, websocket.app.state.service
     reply_to = partial(service.reply_to, stream_type="websocket")
     await ChatSocket(websocket, reply_to, max_bytes=settings.max_body_bytes).serve()
+
+
+async def no_such_socket(websocket: WebSocket) -> None:
+    await websocket.send_denial_response(JSONResponse({"error": NO_SUCH_PATH}, 404))
 
 
 async def conversation(request: Request) -> Response:
@@ -97,6 +104,7 @@ ROUTES = [
     Route("/ready", ready),
     Route("/metrics", show_metrics),
     Route("/openapi.yaml", openapi),
+    WebSocketRoute("/{path:path}", no_such_socket, name=UNMATCHED),
 ]
 
 
@@ -158,7 +166,15 @@ def __getattr__(name: str) -> Starlette:
 def main() -> None:
     settings = settings_or_exit()
     logs.configure()
-    uvicorn.run(create_app(settings), host=HOST, port=settings.port, log_config=None)
+    uvicorn.run(
+        create_app(settings),
+        host=HOST,
+        port=settings.port,
+        log_config=None,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        ws_max_size=4 * settings.max_body_bytes,  # up to there, an error goes before the close
+        ws_per_message_deflate=False,  # a token is too short to gain by it
+    )
 
 
 if __name__ == "__main__":

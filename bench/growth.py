@@ -28,7 +28,7 @@ async def lookup_microseconds() -> dict[str, float]:
             for number in range(EXCHANGES):
                 await history.append(str(conversation), exchange(conversation, number))
             reply = exchange(conversation, 0).messages[1]
-            await counts.learn([], [], prompt_tokens=0, reply=reply, reply_tokens=5)
+            counts.learn([], [], prompt_tokens=0, reply=reply, reply_tokens=5)
         lookup, append, count = 0.0, 0.0, 0.0
         for number in range(LOOKUPS):
             conversation = number * 7919 % conversations

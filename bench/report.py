@@ -73,11 +73,15 @@ def growth_ratios(figures: Figures) -> list[tuple[str, str, str, str, str, str]]
             if name != "direct":
                 added = values["median_ms"] - direct["median_ms"]
                 aim = ("<= 2", verdict(added <= 2)) if name == "service" else ("", "")
-                rows.append(("first token, added at the median, ms", name, f"{added:.2f}", "", *aim))
+                rows.append(
+                    ("first token, added at the median, ms", name, f"{added:.2f}", "", *aim)
+                )
     costs = list(figures.get("growth", {}).get("service", {}).values())
     if len(costs) > 1:
         ratio = costs[-1] / costs[-2]
-        rows.append(("most streams / next", "service", f"{ratio:.2f}", "", "<= 1.3", verdict(ratio <= 1.3)))
+        rows.append(
+            ("most streams / next", "service", f"{ratio:.2f}", "", "<= 1.3", verdict(ratio <= 1.3))
+        )
     lookups = figures.get("lookups", {}).get("service", {})
     for name in ("read", "count", "append"):
         few, many = (lookups.get(f"{name}_us_at_{size}", 0.0) for size in (10, 10_000))

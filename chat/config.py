@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.config import Config
 
@@ -59,20 +60,39 @@ def matching(pattern: str, expected: str, *, secret: bool = False) -> Kind:
 def base_url(text: str) -> str:
     if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text) is None:
         raise ValueError
+    _check_host_and_port(text)
     return text.rstrip("/")
+
+
+def redis_address(text: str) -> str:
+    if text and re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", text) is None:
+        raise ValueError
+    _check_host_and_port(f"redis://{text}")
+    return text
+
+
+def _check_host_and_port(url: str) -> None:
+    """Raise `ValueError` for what could only fail later, in each request."""
+    parts = urlsplit(url)
+    (parts.hostname or "").encode("idna")
+    if parts.port == 0:
+        raise ValueError
+
+
+def unicode_text(text: str) -> str:
+    text.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
+    return text
 
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind(lambda text: BOOLEANS[text.lower()], "true or false")
-ANY_TEXT = Kind(str, "any text")
-ANY_SECRET = Kind(str, "any text", secret=True)
+ANY_TEXT = Kind(unicode_text, "text in UTF-8")
+ANY_SECRET = Kind(unicode_text, "text in UTF-8", secret=True)
 BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
 API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
 MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
 EFFORT = matching("low|medium|high", "low, medium or high")
-REDIS_ADDRESS = matching(
-    r"|([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "host:port, such as redis:6379, or empty for no Redis"
-)
+REDIS_ADDRESS = Kind(redis_address, "host:port, such as redis:6379, or empty for no Redis")
 
 
 def setting(kind: Kind, default: Any = ...) -> Any:
@@ -115,7 +135,10 @@ def load_settings(
     Raises:
         SettingsError: a variable is missing or has a bad value.
     """
-    config = Config(env_file if Path(env_file).is_file() else None, environ)
+    try:
+        config = Config(env_file if Path(env_file).is_file() else None, environ)
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError(f"{env_file} must be readable text in UTF-8") from None
     values = {}
     for each in fields(Settings):
         name = each.name.upper()

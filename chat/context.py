@@ -24,6 +24,8 @@ def without_overlap(
     stored = flatten(history)
     longest = len(sent) if is_full else min(len(sent), len(stored) + 1)
     for end in range(longest - 1, 0, -1):
+        if sent[end - 1] != stored[-1]:
+            continue
         tail = stored[-end:]
         if sent[max(0, end - len(tail)) : end] == tail:
             return sent[end:]

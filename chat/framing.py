@@ -147,6 +147,8 @@ class ReplyParser:
                 self.error = GroqFailed()
                 return tokens
         if len(chunks) < len(events):
+            self.is_done = events[len(chunks)].strip() == DONE
+        if len(chunks) < len(events) and not self.is_done:
             self.error = GroqReplyBroken("sent something that is not a reply")
         return tokens
 

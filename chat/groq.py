@@ -7,17 +7,18 @@ OpenAI's will do. The only place that knows of httpx and of aiohttp, which is it
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from math import ceil
 from time import time
-from typing import cast
 
 import aiohttp
 import httpx
 import msgspec
 from httpx_aiohttp import AiohttpTransport
+from httpx_aiohttp.transport import AiohttpResponseStream
 
 from chat import metrics
 from chat.config import Settings
@@ -33,11 +34,13 @@ from chat.errors import (
 from chat.framing import ReplyParser
 from chat.messages import Message, decode_reply
 from chat.reply import Reply
+from chat.watchdog import Watchdog
 
 MAX_CONNECTIONS = 10_000
 KEEP_ALIVE_EXPIRY = 30.0
 """Seconds that an idle connection to Groq is kept for the next request."""
 MAX_REPLY_BYTES = 16 << 20
+MAX_RETRY_AFTER = 86_400
 DRAIN_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
@@ -49,6 +52,16 @@ class Groq:
 
     def __init__(self, client: httpx.AsyncClient, settings: Settings) -> None:
         self._client = client
+        self._url = httpx.URL(f"{settings.groq_base_url}/chat/completions")
+        self._headers = httpx.Headers(
+            {
+                "Authorization": f"Bearer {settings.groq_api_key}",
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",
+            }
+        )
+        connect = settings.groq_connect_timeout
+        self._connect_timeout = {"connect": connect, "pool": connect}
         self._timeout = settings.groq_timeout
         self._max_tokens = settings.max_tokens
         self._options: dict[str, object] = {
@@ -66,14 +79,8 @@ class Groq:
         Raises:
             GroqError: there is no reply.
         """
-        async with self._asked({"messages": messages}, reply) as (response, clock):
-            body = b""
-            async for received in response:
-                clock.reschedule(self._deadline())
-                body += received
-                if len(body) > MAX_REPLY_BYTES:
-                    raise GroqReplyBroken("sent a reply that is too large")
-            self._take_whole(body, reply)
+        async with self._asked({"messages": messages}, reply) as response:
+            await self._read_whole(response, reply)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
         """
@@ -84,27 +91,42 @@ class Groq:
         """
         parser = ReplyParser()
         options = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        async with self._asked(options, reply) as (response, clock):
-            async for received in response:
-                progress = parser.progress
-                if tokens := parser.feed(received):
-                    reply.add(tokens)
-                reply.groq_id = parser.groq_id
-                if parser.is_done or parser.error:
-                    break
-                if parser.progress > progress:
-                    clock.reschedule(self._deadline())
-            else:
-                if tokens := parser.close():
-                    reply.add(tokens)
+        async with self._asked(options, reply) as response:
+            if response.headers.get("content-type", "").startswith("application/json"):
+                return await self._read_whole(response, reply)  # of a server that cannot stream
+            await self._read_stream(response, parser, reply)
             reply.usage = parser.usage
             if parser.error:
                 raise parser.error
             self._check_not_empty(reply, parser.finish_reason)
-            await _drain(response)
+            await _drain(_content(response))
 
-    def _take_whole(self, body: bytes, reply: Reply) -> None:
-        whole = decode_reply(body)
+    async def _read_stream(
+        self, response: httpx.Response, parser: ReplyParser, reply: Reply
+    ) -> None:
+        content, size = _content(response), 0
+        while not (parser.is_done or parser.error):
+            try:
+                received = await content.readany()
+            except aiohttp.ClientError:
+                if parser.finish_reason is None:
+                    raise
+                received = b""  # only the end of the body is missing
+            if tokens := parser.feed(received) if received else parser.close():
+                reply.add(tokens)
+            reply.progress = parser.progress
+            reply.groq_id = parser.groq_id
+            if not received:
+                return
+            size = _checked_size(size + len(received))
+
+    async def _read_whole(self, response: httpx.Response, reply: Reply) -> None:
+        content, body = _content(response), bytearray()
+        while received := await content.readany():
+            reply.progress += 1
+            body += received
+            _checked_size(len(body))
+        whole = decode_reply(bytes(body))
         if whole and whole.is_error:
             raise GroqFailed
         if whole is None or not whole.choices:
@@ -114,9 +136,6 @@ class Groq:
         if choice.message and choice.message.content:
             reply.add([choice.message.content])
         self._check_not_empty(reply, choice.finish_reason)
-
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._timeout
 
     def _check_not_empty(self, reply: Reply, finish_reason: str | None) -> None:
         if reply.has_tokens:
@@ -130,21 +149,28 @@ class Groq:
     @asynccontextmanager
     async def _asked(
         self, options: dict[str, object], reply: Reply
-    ) -> AsyncIterator[tuple[AsyncIterator[bytes], asyncio.Timeout]]:
-        """Send the request, and give the body's reads and the clock that runs between two."""
+    ) -> AsyncIterator[httpx.Response]:
+        """Send the request, and give its answer while Groq makes progress."""
         body = msgspec.json.encode({**self._options, **options})
+        request = httpx.Request("POST", self._url, headers=self._headers, content=body)
+        request.extensions["timeout"] = self._connect_timeout
         with _translated(reply):
-            async with (
-                asyncio.timeout(self._timeout) as clock,
-                self._client.stream("POST", "/chat/completions", content=body) as response,
-            ):
-                if response.status_code != 200:
-                    raise _refusal(response)
-                reply.accept()
-                clock.reschedule(self._deadline())
-                reads = cast(AsyncGenerator[bytes], response.aiter_raw())
-                async with aclosing(reads):
-                    yield reads, clock
+            async with asyncio.timeout(None) as clock:
+                with self._watchdog(reply, clock):
+                    response = await self._client.send(request, stream=True)
+                    async with aclosing(response):
+                        if response.status_code != 200:
+                            raise _refusal(response)
+                        reply.accept()
+                        yield response
+
+    def _watchdog(self, reply: Reply, clock: asyncio.Timeout) -> Watchdog:
+        loop = asyncio.get_running_loop()
+        return Watchdog(
+            self._timeout,
+            progress=lambda: (reply.is_accepted, reply.progress),
+            on_silence=lambda: clock.reschedule(loop.time()),
+        )
 
 
 @contextmanager
@@ -164,6 +190,9 @@ def _translated(reply: Reply) -> Iterator[None]:
         translated = _translate(error, reply)
         outcome = translated.reason
         raise translated from error
+    except Exception:
+        outcome = "internal"
+        raise
     finally:
         metrics.GROQ_REQUESTS.labels(outcome).inc()
 
@@ -185,19 +214,26 @@ def _refusal(response: httpx.Response) -> GroqRefused:
 
 def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
     """Return the seconds of a `retry-after` header, given as a number or as a date."""
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value.strip()):
+    if re.fullmatch(r"\d{1,5}(\.\d{1,9})?", value.strip()):
         return ceil(float(value))
     try:
-        date = parsedate_to_datetime(value)
-    except ValueError:
+        date = parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
         return None
-    return max(0, ceil(date.timestamp() - (time() if now is None else now)))
+    seconds = max(0, ceil(date - (time() if now is None else now)))
+    return seconds if seconds <= MAX_RETRY_AFTER else None
 
 
-async def _drain(reads: AsyncIterator[bytes]) -> None:
+def _checked_size(size: int) -> int:
+    if size > MAX_REPLY_BYTES:
+        raise GroqReplyBroken("sent a reply that is too large")
+    return size
+
+
+async def _drain(content: aiohttp.StreamReader) -> None:
     try:
         async with asyncio.timeout(DRAIN_TIMEOUT):
-            async for _ in reads:
+            while await content.readany():
                 pass
     except (TimeoutError, httpx.HTTPError, aiohttp.ClientError):
         return  # the reply is whole; only the connection is not kept
@@ -206,17 +242,28 @@ async def _drain(reads: AsyncIterator[bytes]) -> None:
 @asynccontextmanager
 async def open_groq(settings: Settings) -> AsyncIterator[Groq]:
     """Open the one client of the process."""
-    limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_ALIVE_EXPIRY)
-    connect = settings.groq_connect_timeout
-    headers = {
-        "Authorization": f"Bearer {settings.groq_api_key}",
-        "Content-Type": "application/json",
-        "Accept-Encoding": "identity",
-    }
-    async with httpx.AsyncClient(
-        base_url=settings.groq_base_url,
-        headers=headers,
-        transport=AiohttpTransport(limits=limits),
-        timeout=httpx.Timeout(None, connect=connect, pool=connect),
-    ) as client:
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    async with httpx.AsyncClient(transport=GroqTransport(), cookies=no_cookies) as client:
         yield Groq(client, settings)
+
+
+class GroqTransport(AiohttpTransport):
+    """aiohttp without cookies: what Groq sets for one caller is not the others'."""
+
+    def get_client(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            limit=MAX_CONNECTIONS, keepalive_timeout=KEEP_ALIVE_EXPIRY, ssl=self.ssl_context
+        )
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        assert isinstance(response.stream, AiohttpResponseStream)  # noqa: S101
+        response.extensions["content"] = response.stream._aiohttp_response.content
+        return response
+
+
+def _content(response: httpx.Response) -> aiohttp.StreamReader:
+    """Return aiohttp's own reader of the body: `aiter_raw` resumes three generators a read."""
+    content: aiohttp.StreamReader = response.extensions["content"]
+    return content

@@ -16,6 +16,7 @@ from chat.messages import ChatRequest
 from chat.middleware import log_fields
 from chat.reply import Reply
 
+NO_SUCH_PATH = "there is no such path"
 START_TIMEOUT = 10.0
 """Seconds until a stream begins without Groq's status: proxies give up on a silent upstream."""
 
@@ -142,7 +143,7 @@ async def routing_error(request: Request, error: Exception) -> Response:
     """Render what Starlette's routing raises: 404 and 405."""
     assert isinstance(error, HTTPException)  # noqa: S101  (what it is registered for)
     headers = dict(error.headers or {})
-    message = "there is no such path"
+    message = NO_SUCH_PATH
     if "Allow" in headers:
         message = f"the method must be one of {headers['Allow']}"
     return JSONResponse({"error": message}, error.status_code, headers)

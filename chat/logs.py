@@ -57,12 +57,14 @@ class DroppingQueueHandler(QueueHandler):
 
 
 SOCKET_LINES = (
+    "Invalid UTF-8 sequence received",
+    "ASGI callable returned without completing handshake",  # said of a 404 too
     '%s - "WebSocket %s"',
     "connection open",
     "connection rejected",
     "connection closed",
 )
-"""What uvicorn and websockets log of each WebSocket, raw paths and all."""
+"""What uvicorn and websockets log of each WebSocket, raw paths and all, at a caller's will."""
 
 
 def is_not_of_a_socket(record: logging.LogRecord) -> bool:

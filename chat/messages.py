@@ -7,12 +7,13 @@ OpenAI-compatible servers leave out, or send as null, are optional here.
 
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from chat.errors import BadRequest
 
+MAX_MESSAGES = 1000
 CONVERSATION_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
@@ -50,6 +51,8 @@ def check_messages(messages: list[Message]) -> None:
     """Raise `BadRequest` where the messages break a rule of the contract."""
     if not messages:
         raise BadRequest("messages must not be empty")
+    if len(messages) > MAX_MESSAGES:
+        raise BadRequest(f"messages must be at most {MAX_MESSAGES}, not {len(messages)}")
     for index, message in enumerate(messages):
         if message.role not in ("user", "assistant"):
             raise BadRequest(f"messages[{index}].role must be exactly 'user' or 'assistant'")
@@ -90,14 +93,17 @@ def _readable(text: str) -> str:
     return f"{place}: {what}" if place else what
 
 
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)] | None
+
+
 class Usage(msgspec.Struct):
     """What a reply cost, in tokens."""
 
     class Details(msgspec.Struct):
-        reasoning_tokens: int | None = None
+        reasoning_tokens: Tokens = None
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Tokens = None
+    completion_tokens: Tokens = None
     completion_tokens_details: Details | None = None
 
     @property
@@ -112,7 +118,7 @@ class GroqExtra(msgspec.Struct):
     """Groq's own member of a chunk."""
 
     id: str | None = None
-    usage: Usage | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -130,7 +136,7 @@ class Chunk(msgspec.Struct):
     """One event of a streamed reply, or a whole reply: they differ in `delta` and `message`."""
 
     choices: list[Choice] | None = None
-    usage: Usage | None = None
+    usage: Any = None
     x_groq: GroqExtra | None = None
     error: Any = None
 
@@ -140,7 +146,15 @@ class Chunk(msgspec.Struct):
 
     @property
     def reported_usage(self) -> Usage | None:
-        return self.usage or (self.x_groq.usage if self.x_groq else None)
+        """What the reply cost; None where that is not said, or is nonsense: a reply is good
+        without it."""
+        reported = self.usage or (self.x_groq.usage if self.x_groq else None)
+        if reported is None:
+            return None
+        try:
+            return msgspec.convert(reported, Usage)
+        except msgspec.ValidationError:
+            return None
 
     @property
     def groq_id(self) -> str | None:

@@ -17,6 +17,10 @@ from chat.reply import milliseconds
 
 logger = logging.getLogger(__name__)
 
+STARTS = frozenset(("http.response.start", "websocket.http.response.start", "websocket.accept"))
+"""The messages that begin an answer, and bear its headers."""
+UNMATCHED = "unmatched"
+"""The endpoint of what has no route of its own."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
@@ -43,16 +47,10 @@ class RequestMiddleware:
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
-                message = {**message, "headers": headers}
-            elif message["type"] == "websocket.accept":
-                status = 101
+            if message["type"] in STARTS:
+                status = message.get("status", 101)
                 headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": headers}
-            elif message["type"] == "websocket.close" and status != 101:
-                status = 403
             await send(message)
 
         try:
@@ -60,7 +58,7 @@ class RequestMiddleware:
         except ClientDisconnect:
             pass
         except Exception:
-            if status != CallerLeft.status:
+            if status != CallerLeft.status or scope["type"] != "http":
                 raise  # too late for an answer: uvicorn logs it and closes the connection
             logger.exception("a request failed by a fault of ours")
             await _send_internal_error(send_with_id)
@@ -84,7 +82,7 @@ async def _send_internal_error(send: Send) -> None:
 def _endpoint(scope: Scope) -> str:
     """Return the template of the route: a path itself would be a label without end, or a secret."""
     route = scope.get("route")
-    return route.path if route else "unmatched"
+    return route.path if route and route.name != UNMATCHED else UNMATCHED
 
 
 def _record(scope: Scope, status: int, duration: float) -> None:

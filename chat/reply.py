@@ -28,6 +28,7 @@ class Reply:
         usage: the tokens that it cost, as Groq reported them.
         prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
         model: the model that is asked.
+        progress: how much has come from Groq, whether or not there are tokens in it.
         groq_id: the id to give to Groq's support.
     """
 
@@ -42,6 +43,7 @@ class Reply:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.groq_id: str | None = None
+        self.progress = 0
         self._cancel: Callable[[], object] = lambda: None
         self._tokens: list[str] = []
         self._read = 0

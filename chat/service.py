@@ -105,7 +105,11 @@ class ChatService:
             except Exception:
                 logger.exception("a reply failed by a fault of ours")
                 error = InternalError()
-            await self._finish(turn, reply, outcome, error)
+            try:
+                await self._store(turn, reply, outcome)
+            finally:
+                reply.end(outcome, error)
+            self._settle(turn, reply, outcome)
 
     async def _prepare(self, request: ChatRequest) -> Turn:
         conversation = request.conversation
@@ -131,23 +135,23 @@ class ChatService:
         ask = self._groq.complete if reply.stream_type == "json" else self._groq.stream
         await ask([*self._system, *turn.messages], reply)
 
-    async def _finish(
-        self, turn: Turn | None, reply: Reply, outcome: Outcome, error: ChatError | None
-    ) -> None:
-        """Store what is to stay, let the reader go, and only then learn and count."""
-        is_kept = outcome == "completed" or (reply.was_stopped and reply.has_tokens)
-        if turn and turn.conversation and is_kept:
+    async def _store(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
+        """Store the exchange before the caller learns of the end: the next request may need it."""
+        is_stopped = outcome == "cancelled" and reply.was_stopped and reply.has_tokens
+        if turn and turn.conversation and (outcome == "completed" or is_stopped):
             exchange = Exchange((*turn.new, Message("assistant", reply.text)), turn.preceding)
             await self._history.append(turn.conversation, exchange)
         if reply.is_accepted:
             _count_tokens(reply)
-        reply.end(outcome, error)
+
+    def _settle(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
+        """Count and learn, off the caller's path."""
         _count_reply(reply, outcome)
         if turn and outcome == "completed" and reply.usage:
-            await self._learn(turn, reply, reply.usage)
+            self._learn(turn, reply, reply.usage)
 
-    async def _learn(self, turn: Turn, reply: Reply, usage: Usage) -> None:
-        await self._counts.learn(
+    def _learn(self, turn: Turn, reply: Reply, usage: Usage) -> None:
+        self._counts.learn(
             turn.messages,
             turn.counts,
             prompt_tokens=(usage.prompt_tokens or 0) - self._system_tokens,

@@ -20,6 +20,8 @@ CACHE_TTL = 86_400
 """Seconds that a count stays in Redis."""
 REMEMBERED = 50_000
 """Counts kept in the process: some 10 MB."""
+MAX_TEMPLATE_TOKENS = 1000
+"""More than a model's template puts around a prompt; by it a report is told from nonsense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,10 @@ class TokenCounts:
         keys = [self._key(message) for message in messages]
         missing = [key for key in dict.fromkeys(keys) if key not in self._known]
         if missing and self._cache:
-            for key, tokens in zip(missing, await self._cache.get(missing), strict=True):
-                if tokens is not None:
-                    self._remember(key, tokens)
+            cached = await self._cache.get(missing)
+            for key, message in zip(keys, messages, strict=True):
+                if key in cached:
+                    self._remember(key, message, cached[key])
         found = [self._recall(key) for key in keys]
         misses = found.count(None)
         metrics.TOKEN_CACHE_LOOKUPS.labels("miss").inc(misses)
@@ -55,7 +58,7 @@ class TokenCounts:
             for message, tokens in zip(messages, found, strict=True)
         ]
 
-    async def learn(
+    def learn(
         self,
         prompt: Sequence[Message],
         counts: Sequence[Count],
@@ -75,18 +78,20 @@ class TokenCounts:
             reply: the assistant's message.
             reply_tokens: its tokens, less those of the model's reasoning.
         """
-        learned = {self._key(reply): reply_tokens}
+        reported = [(reply, reply_tokens)]
         unknown = [
             message for message, count in zip(prompt, counts, strict=True) if not count.is_exact
         ]
         if len(unknown) == 1:
             known = sum(count.tokens for count in counts if count.is_exact)
-            learned[self._key(unknown[0])] = prompt_tokens - known
-        learned = {key: tokens for key, tokens in learned.items() if tokens > 0}
-        for key, tokens in learned.items():
-            self._remember(key, tokens)
+            reported.append((unknown[0], prompt_tokens - known))
+        learned = {
+            key: tokens
+            for message, tokens in reported
+            if self._remember(key := self._key(message), message, tokens)
+        }
         if learned and self._cache:
-            await self._cache.set(learned)
+            self._cache.set(learned)
 
     def _key(self, message: Message) -> str:
         text = "\0".join((self._model, message.role, message.content))
@@ -98,11 +103,15 @@ class TokenCounts:
             self._known.move_to_end(key)
         return tokens
 
-    def _remember(self, key: str, tokens: int) -> None:
+    def _remember(self, key: str, message: Message, tokens: int) -> bool:
+        """Keep a count, unless it is nonsense: no token is shorter than a byte."""
+        if not 0 < tokens <= len(message.content.encode()) + MAX_TEMPLATE_TOKENS:
+            return False
         self._known[key] = tokens
         self._known.move_to_end(key)
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
+        return True
 
 
 MESSAGE_TOKENS = 4
@@ -112,7 +121,7 @@ MESSAGE_TOKENS = 4
 # the measured counts in tests/token_counts.json.
 PIECES = re.compile(
     r"[._(]?[A-Z]?[a-z\u1e00-\u1eff]{1,10}|[A-Z]{1,4}|[0-9]{1,3}"  # words, parts of identifiers
-    r"|[^\S\n]*\n\s*|[ \t]{2,}|[!-/:-@\[-`{-~]{1,8}"  # indentation, punctuation
+    r"|\s{2,}|\n|[!-/:-@\[-`{-~]{1,8}"  # indentation, punctuation
     r"|[\u0400-\u052f\u0600-\u06ff]{1,4}|[\u0080-\u1fff]{1,3}"  # Cyrillic, Arabic; others
     r"|[\u2000-\u2e7f]|[\U00010000-\U0010ffff]"  # symbols, emoji
 )

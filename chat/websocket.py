@@ -61,6 +61,8 @@ class ChatSocket:
                 self._begin(request)
         except ChatError as error:
             record_message(self._websocket.scope, error.status, error.log_fields)
+            if error.close_code is not None and self._reply:
+                self._reply.abandon()
             await self._fail(error)
 
     def _parse(self, message: Message) -> SocketRequest:
@@ -93,7 +95,7 @@ class ChatSocket:
             else:
                 is_stopped = reply.outcome == "cancelled"
                 await self._websocket.send_text(SOCKET_CANCELLED if is_stopped else SOCKET_DONE)
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, RuntimeError):  # closed by the caller, or by the other task
             reply.abandon()
         finally:
             status = reply.error.status if reply.error else 200
@@ -106,4 +108,4 @@ class ChatSocket:
             if error.close_code is not None:
                 await self._websocket.close(error.close_code)
         except (WebSocketDisconnect, RuntimeError):
-            pass  # the caller has left, or the other task has closed the connection
+            pass

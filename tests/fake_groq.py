@@ -50,6 +50,8 @@ class Script:
     """Say nothing more from here until `release`."""
     cut_before_status: bool = False
     cut_before_token: int | None = None
+    cut_at_end: bool = False
+    """Leave off the end of the body."""
     error_before_token: int | None = None
     error: str = 'data: {"error":{"message":"org_secret is over capacity","type":"server_error"}}'
 
@@ -248,18 +250,22 @@ class _Connection(asyncio.Protocol):
         headers = (*script.headers, ("content-type", "application/json"))
         head = [f"HTTP/1.1 {script.status} Whatever", f"content-length: {len(body)}"]
         head += [f"{name}: {value}" for name, value in headers]
-        self._transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
+        self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
 
     async def _stream(self, script: Script, request: Request) -> None:
-        headers = (*script.headers, ("content-type", "text/event-stream"))
+        headers = script.headers
+        if "content-type" not in dict(headers):
+            headers = (*headers, ("content-type", "text/event-stream"))
         head = ["HTTP/1.1 200 OK", "transfer-encoding: chunked"]
         head += [f"{name}: {value}" for name, value in headers]
-        self._transport.write("\r\n".join(head).encode() + b"\r\n\r\n")
+        self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n")
         async for event in self._events(script, request):
             for piece in _pieces(event.replace(b"\n", script.newline.encode()), script.piece):
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
                 if script.piece:
                     await asyncio.sleep(0)
+        if script.cut_at_end:
+            self._transport.close()
         if not self._transport.is_closing():
             self._transport.write(b"0\r\n\r\n")
 

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -10,9 +9,6 @@ import pytest
 
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, body, wait_until
-
-PROMPTLY = 0.1
-"""Seconds that Groq's connection may outlive its caller's."""
 
 Leave = Callable[[], None]
 
@@ -65,11 +61,8 @@ def test_groqs_connection_is_closed_when_the_caller_leaves(
         request = groq.wait_for_request("question")
         if transport != "json" and phase in ("in mid-stream", "in full flow"):
             wait_until(lambda: len(request.sent_at) >= 2)
-        left_at = time.monotonic()
         leave()
-        assert request.closed.wait(5)
-    assert request.closed_at
-    assert request.closed_at - left_at < PROMPTLY
+        assert request.closed.wait(5), "long before any time limit of ours"
     assert not request.answered
     assert service.contents(conversation) == []
 

@@ -42,6 +42,13 @@ def test_an_env_file_fills_what_the_environment_lacks(tmp_path: Path) -> None:
     assert settings.system_prompt == "Be kind."
 
 
+def test_an_env_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_bytes(b"SYSTEM_PROMPT=\xff\n")
+    with pytest.raises(SettingsError, match="must be readable text in UTF-8"):
+        load({}, env_file)
+
+
 def test_a_base_url_loses_its_last_slash() -> None:
     assert (
         load({"GROQ_BASE_URL": "http://[::1]:11434/v1/"}).groq_base_url == "http://[::1]:11434/v1"
@@ -70,6 +77,12 @@ def test_redis_may_be_left_out() -> None:
             "redis",
             "host:port, such as redis:6379, or empty for no Redis, not 'redis'",
         ),
+        ("GROQ_BASE_URL", "http://localhost:99999/v1", "an http:// or https:// URL"),
+        ("GROQ_BASE_URL", "http://[zz/v1", "an http:// or https:// URL"),
+        ("GROQ_BASE_URL", "http://a..b/v1", "an http:// or https:// URL"),
+        ("REDIS_ADDR", "localhost:99999", "host:port"),
+        ("REDIS_ADDR", "a..b:6379", "host:port"),
+        ("SYSTEM_PROMPT", "\udcff", "text in UTF-8"),
         ("MODEL", "two words", "the name of a model"),
         ("REASONING_EFFORT", "none", "low, medium or high, not 'none'"),
         ("MAX_TOKENS", "131072", "less than CONTEXT_TOKENS (131072), not 131072"),

@@ -17,6 +17,7 @@ def test_the_compose_file_has_the_service_and_a_redis_with_health_checks() -> No
     assert redis["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
     assert chat["environment"]["REDIS_ADDR"] == "redis:6379"
     assert chat["environment"]["GROQ_API_KEY"].startswith("${GROQ_API_KEY:?")
+    assert "/health" in chat["healthcheck"]["test"][-1]
     assert "HEALTHCHECK" in DOCKERFILE
 
 

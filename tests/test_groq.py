@@ -92,6 +92,11 @@ GOOD = 'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n'
         'data: {"choices":[{"delta":{"content":null}}]}\n\n' + GOOD + "data: [DONE]\n\n",
         GOOD + 'data: {"choices":[],"usage":{"prompt_tokens":3}}\n\ndata: [DONE]\n\n',
         GOOD + "data: [DONE]\n\n" + GOOD,
+        GOOD + "data: [DONE] \n\n",
+        GOOD + 'data: {"choices":[],"usage":{"prompt_tokens":-5}}\n\ndata: [DONE]\n\n',
+        GOOD + 'data: {"choices":[],"usage":{"prompt_tokens":"7"}}\n\ndata: [DONE]\n\n',
+        GOOD + 'data: {"choices":[],"x_groq":{"usage":[]}}\n\ndata: [DONE]\n\n',
+        GOOD + 'data: {"usage":{"prompt_tokens":1' + "0" * 400 + "}}\n\ndata: [DONE]\n\n",
     ],
 )
 def test_what_other_servers_leave_out_or_add_does_no_harm(
@@ -99,6 +104,37 @@ def test_what_other_servers_leave_out_or_add_does_no_harm(
 ) -> None:
     groq.on("question", raw(chunks))
     assert service.tokens("question", conversation) == ["Hi"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_that_cannot_stream_is_understood(
+    service: Service, groq: FakeGroq, conversation: str, stream: bool
+) -> None:
+    json_type = (("content-type", "application/json"),)
+    whole = b'{"choices":[{"message":{"content":"Hi"},"finish_reason":"stop"}]}'
+    groq.on("question", Script(body=whole, headers=json_type))
+    groq.on("failing question", Script(body=b'{"error":{"message":"no"}}', headers=json_type))
+    if stream:
+        assert service.tokens("question", conversation) == ["Hi"]
+        with service.stream("failing question") as (_, events):
+            assert FAILED in next(events).data
+    else:
+        assert service.reply("question", conversation) == "Hi"
+
+
+def test_a_cookie_of_groqs_is_neither_kept_nor_sent(service: Service, groq: FakeGroq) -> None:
+    for cookie in ("\xff=\x01;;;=", "session=of-one-caller; Path=/"):
+        groq.on("first", Script(headers=(("set-cookie", cookie),)))
+        assert service.tokens("first")
+        assert service.reply("second")
+        assert "cookie" not in groq.requests[-1].headers
+
+
+def test_a_stream_that_is_cut_behind_its_finish_is_whole(
+    service: Service, groq: FakeGroq, conversation: str
+) -> None:
+    groq.on("question", Script(["a", "b"], done=False, cut_at_end=True))
+    assert service.tokens("question", conversation) == ["a", "b"]
 
 
 CUT = "the language model service cut its reply short"
@@ -185,7 +221,14 @@ def test_an_error_of_groqs_is_a_502_without_its_text(
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("retry_after", "passed_on"),
-    [("7", "7"), ("2.5", "3"), ("Thu, 01 Jan 1970 00:00:00 GMT", "0"), ("soon", None)],
+    [
+        ("7", "7"),
+        ("2.5", "3"),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", "0"),
+        ("soon", None),
+        ("Mon, 01 Jan 2024 00:00:99999999999999999999", None),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", None),
+    ],
 )
 def test_the_retry_after_of_a_429_is_passed_on(
     service: Service, groq: FakeGroq, stream: bool, retry_after: str, passed_on: str | None

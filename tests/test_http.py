@@ -117,6 +117,7 @@ USER = {"role": "user", "content": "x"}
         ([], "Expected `object`, got `array`"),
         ({}, "messages must not be empty"),
         ({"messages": []}, "messages must not be empty"),
+        ({"messages": [USER] * 1001}, "messages must be at most 1000, not 1001"),
         ({"messages": "x"}, "messages: Expected `array`, got `str`"),
         ({"messages": None}, "messages: Expected `array`, got `null`"),
         ({"messages": [{"role": "user"}]}, "messages[0]: Object missing required field `content`"),

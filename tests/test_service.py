@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from chat.config import load_settings
-from chat.errors import InternalError
+from chat.errors import GroqFailed, InternalError
 from chat.groq import Groq
 from chat.history import SHARED, MemoryHistory
 from chat.messages import ChatRequest, Message
@@ -32,6 +32,17 @@ class EndlessGroq:
     async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
         reply.accept()
         await asyncio.Event().wait()
+
+
+class FailingGroq:
+    """Fails while its caller cancels."""
+
+    async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
+        reply.accept()
+        reply.add(["half"])
+        await asyncio.sleep(0)
+        reply.stop()
+        raise GroqFailed
 
 
 def service_with(groq: object) -> tuple[ChatService, MemoryHistory]:
@@ -60,6 +71,18 @@ def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
     assert isinstance(reply.error, InternalError)
     assert (reply.outcome, stored) == ("failed", ())
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
+    async def scenario() -> tuple[Reply, object]:
+        service, history = service_with(FailingGroq())
+        reply = service.reply_to(question(), "websocket")
+        while not reply.is_exhausted:
+            await reply.read(5)
+        return reply, await history.read(SHARED)
+
+    reply, stored = asyncio.run(scenario())
+    assert (reply.outcome, stored) == ("failed", ())
 
 
 def test_the_end_of_the_service_ends_its_replies() -> None:

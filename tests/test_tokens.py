@@ -51,6 +51,11 @@ def test_no_text_is_free() -> None:
     assert all(estimate_tokens(text) >= 1 for text in ("a", " ", "\n", "é", "你", "\x00"))
 
 
+@pytest.mark.parametrize("unit", ["\r", " \r", " \n", "\u00a0", "(", "aB", "1a", "\u3000x", "\x00"])
+def test_an_estimate_of_any_text_takes_time_that_grows_with_its_length_only(unit: str) -> None:
+    estimate_tokens("x" + unit * (1 << 19) + "zz")  # hours, if it grew with the square
+
+
 class Counted:
     """The counts of a model, asked and taught as the service does it."""
 
@@ -63,14 +68,12 @@ class Counted:
     def learn(
         self, prompt: Sequence[Message], prompt_tokens: int, reply: str, reply_tokens: int
     ) -> None:
-        asyncio.run(
-            self.counts.learn(
-                prompt,
-                self.count(*prompt),
-                prompt_tokens=prompt_tokens,
-                reply=assistant(reply),
-                reply_tokens=reply_tokens,
-            )
+        self.counts.learn(
+            prompt,
+            self.count(*prompt),
+            prompt_tokens=prompt_tokens,
+            reply=assistant(reply),
+            reply_tokens=reply_tokens,
         )
 
 
@@ -99,6 +102,7 @@ def test_nothing_is_learned_by_difference_from_two_unknown_messages() -> None:
 def test_what_makes_no_sense_is_not_learned() -> None:
     counted = Counted()
     counted.learn([user("one")], 0, "reply", 0)
+    counted.learn([user("one")], 10**9, "reply", 10**9)
     exact = [count.is_exact for count in counted.count(user("one"), assistant("reply"))]
     assert exact == [False, False]
 

@@ -192,13 +192,32 @@ def test_the_handshake_bears_a_request_id(service: Service) -> None:
         assert socket.response.headers["x-request-id"] == "mine"
 
 
-def test_another_path_is_no_websocket(service: Service) -> None:
+@pytest.mark.parametrize("path", ["/other", "/health", "/"])
+def test_a_websocket_on_another_path_is_a_404(service: Service, path: str) -> None:
     with (
         pytest.raises(InvalidStatus) as refused,
-        connect(f"ws://127.0.0.1:{service.port}/other"),
+        connect(f"ws://127.0.0.1:{service.port}{path}"),
     ):
         pass
-    assert refused.value.response.status_code == 403
+    answer = refused.value.response
+    assert answer.status_code == 404
+    assert json.loads(answer.body or b"") == {"error": "there is no such path"}
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_an_error_that_closes_a_socket_in_full_flow_is_no_fault_of_ours(
+    service: Service, groq: FakeGroq
+) -> None:
+    groq.on("flow", Script(["t"] * 20_000, interval=0.0001))
+    for _ in range(20):
+        with service.socket() as socket:
+            ask(socket, "flow")
+            next_message(socket)
+            socket.send(b"binary")
+            while "token" in next_message(socket):
+                pass
+            assert close_code(socket) == 1003
+    assert "ERROR" not in {line["level"] for line in service.log_lines()}
 
 
 def test_each_reply_is_a_line_in_the_log_and_so_is_the_socket(service: Service) -> None:
