@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import pyplot as plt
 
 Figures = dict[str, dict[str, dict[str, float]]]
 Limit = Callable[[float], bool]
