@@ -6,6 +6,7 @@ The front door: settings, routes, lifespan, `app`.
 Importing this module does nothing: `app` is made when it is first asked for.
 """
 
+import gc
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -132,6 +133,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         stack.push_async_callback(service.aclose)
         app.state.cache = cache
         app.state.service = service
+        gc.freeze()  # what is there now stays: no collection needs to look at it again
         yield
 
 

@@ -78,7 +78,8 @@ UPGRADE = (
 class Caller(asyncio.Protocol):
     """One connection, which asks again and again."""
 
-    def __init__(self, order: Order, results: Results, deadline: float) -> None:
+    def __init__(self, order: Order, results: Results, deadline: float, *, hold: bool) -> None:
+        self.hold = hold
         self.order = order
         self.results = results
         self.deadline = deadline
@@ -105,6 +106,8 @@ class Caller(asyncio.Protocol):
         if self.is_upgrading:
             self.is_upgrading = False
             return self.ask()
+        if self.hold and self.first_token.done():
+            return None
         self.received.append(data)
         if len(self.received) <= 2 and TOKENS[self.order.mode] in data:
             self.results.first.append(time.perf_counter() - self.asked_at)
@@ -145,7 +148,9 @@ async def run(order: Order, *, hold: bool) -> None:
         count = min(RAMP, order.callers - len(callers))
         opening = [
             loop.create_connection(
-                lambda: Caller(order, results, started_at + order.seconds), order.host, order.port
+                lambda: Caller(order, results, started_at + order.seconds, hold=hold),
+                order.host,
+                order.port,
             )
             for _ in range(count)
         ]

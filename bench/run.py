@@ -174,9 +174,9 @@ class Bench:
         return results
 
     @contextlib.contextmanager
-    def held(self, target: Target, streams: int) -> Iterator[None]:
-        """Hold streams open that wait for their second token."""
-        order = {"callers": streams, "tokens": 2, "interval": -1.0, "seconds": 0.0}
+    def held(self, target: Target, streams: int, interval: float = -1.0) -> Iterator[None]:
+        """Hold streams open that have had their first token; by default it is their only one."""
+        order = {"callers": streams, "tokens": 1_000_000, "interval": interval, "seconds": 0.0}
         process = self._start_load(target, "sse", order, "--hold")
         assert process.stdout
         assert process.stdin
@@ -261,12 +261,15 @@ class Bench:
         return {"kb_per_stream": (after - before) / streams / 1024}
 
     def growth(self, target: Target) -> dict[str, float]:
+        """As many tokens a second over more and more streams, once all of them run."""
         sizes, figures = self.sizes, {}
         for streams in sizes.growth_streams:
-            interval = streams / sizes.growth_tokens_per_second
-            tokens = max(1, round(sizes.growth_seconds / interval))
-            cost = self._cpu_per_token(target, "sse", streams, tokens, interval)
-            figures[f"cpu_us_per_token_at_{streams}"] = cost
+            with self.held(target, streams, streams / sizes.growth_tokens_per_second):
+                before, started_at = target.cpu_seconds(), time.perf_counter()
+                time.sleep(sizes.growth_seconds)
+                cpu = target.cpu_seconds() - before
+                tokens = (time.perf_counter() - started_at) * sizes.growth_tokens_per_second
+            figures[f"cpu_us_per_token_at_{streams}"] = cpu / tokens * 1e6
         return figures
 
     def _cpu_per_token(

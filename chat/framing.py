@@ -70,12 +70,17 @@ class EventParser:
         if self._is_at_start:
             self._is_at_start = False
             block = block.removeprefix(BYTE_ORDER_MARK)
-        return [data for event in block.split(b"\n\n") if (data := self._event(event))]
+        return [
+            data
+            for event in block.split(b"\n\n")
+            if (
+                data := event[6:]
+                if event.startswith(b"data: ") and b"\n" not in event
+                else self._event(event)
+            )
+        ]
 
     def _event(self, event: bytes) -> bytes:
-        event = event.lstrip(b"\n")
-        if event.startswith(b"data: ") and b"\n" not in event:
-            return event[6:]
         data, is_error = [], False
         for line in event.split(b"\n"):
             field, _, value = line.partition(b":")
@@ -141,11 +146,12 @@ class ReplyParser:
                 if choice.delta and choice.delta.content:
                     tokens.append(choice.delta.content)
                 self.finish_reason = choice.finish_reason or self.finish_reason
-            self.usage = chunk.reported_usage or self.usage
-            self.groq_id = chunk.groq_id or self.groq_id
-            if chunk.is_error:
-                self.error = GroqFailed()
-                return tokens
+            if chunk.has_more_than_text:
+                self.usage = chunk.reported_usage or self.usage
+                self.groq_id = chunk.groq_id or self.groq_id
+                if chunk.is_error:
+                    self.error = GroqFailed()
+                    return tokens
         if len(chunks) < len(events):
             self.is_done = events[len(chunks)].strip() == DONE
         if len(chunks) < len(events) and not self.is_done:

@@ -118,14 +118,17 @@ class Groq:
             reply.groq_id = parser.groq_id
             if not received:
                 return
-            size = _checked_size(size + len(received))
+            size += len(received)
+            if size > MAX_REPLY_BYTES:
+                raise GroqReplyBroken("sent a reply that is too large")
 
     async def _read_whole(self, response: httpx.Response, reply: Reply) -> None:
         content, body = _content(response), bytearray()
         while received := await content.readany():
             reply.progress += 1
             body += received
-            _checked_size(len(body))
+            if len(body) > MAX_REPLY_BYTES:
+                raise GroqReplyBroken("sent a reply that is too large")
         whole = decode_reply(bytes(body))
         if whole and whole.is_error:
             raise GroqFailed
@@ -222,12 +225,6 @@ def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
         return None
     seconds = max(0, ceil(date - (time() if now is None else now)))
     return seconds if seconds <= MAX_RETRY_AFTER else None
-
-
-def _checked_size(size: int) -> int:
-    if size > MAX_REPLY_BYTES:
-        raise GroqReplyBroken("sent a reply that is too large")
-    return size
 
 
 async def _drain(content: aiohttp.StreamReader) -> None:

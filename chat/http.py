@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 from chat.errors import BodyTooLarge, ChatError
 from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
 from chat.messages import ChatRequest
-from chat.middleware import log_fields
+from chat.middleware import log_fields, server_send
 from chat.reply import Reply
+from chat.watchdog import Watchdog
 
 NO_SUCH_PATH = "there is no such path"
 START_TIMEOUT = 10.0
@@ -84,14 +85,19 @@ class SSEReply(Response):
             await send(START)
             if not is_accepted:
                 await send(_body(KEEP_ALIVE))
-            while not reply.is_exhausted:
-                tokens = await reply.read(interval)
-                if tokens:
-                    await send(_body(sse_events(tokens)))
-                elif not reply.is_exhausted:
-                    await send(_body(KEEP_ALIVE))
-            end = sse_error(reply.error.message) if reply.error else DONE_EVENT
-            await send(_body(end, more_body=False))
+            with Watchdog(interval, progress=lambda: reply.tokens_read, on_silence=reply.wake):
+                await _relay(reply, server_send(scope, send))
+
+
+async def _relay(reply: Reply, send: Send) -> None:
+    is_running = True
+    while is_running:
+        tokens = await reply.read()
+        frames = sse_events(tokens) if tokens else b""
+        is_running = not reply.is_exhausted
+        if not is_running:
+            frames += sse_error(reply.error.message) if reply.error else DONE_EVENT
+        await send(_body(frames or KEEP_ALIVE, more_body=is_running))
 
 
 START = {

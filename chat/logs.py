@@ -5,16 +5,15 @@ Lines are made where they are logged and written elsewhere, so that a slow reade
 holds up the event loop. Texts of exceptions stay out: they may quote what a caller sent.
 """
 
-import atexit
 import logging
 import sys
+import threading
+import time
 import traceback
-from contextlib import suppress
+from collections import deque
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
-from queue import Full, Queue
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -22,7 +21,12 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being served."""
 
 QUEUED_LINES = 10_000
-"""Lines that may wait to be written; beyond it they are dropped."""
+"""Lines that may wait to be written; beyond it the oldest are dropped."""
+BATCH_INTERVAL = 0.02
+"""Seconds to wait for more lines: a thread that wakes for each one takes the interpreter from the
+event loop each time."""
+CLOSE_TIMEOUT = 1.0
+"""Seconds that the end waits for a stdout that nobody reads."""
 
 logger = logging.getLogger("chat")
 
@@ -46,14 +50,44 @@ class JSONFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
-class DroppingQueueHandler(QueueHandler):
-    """Put lines on a queue; drop them while it is full rather than wait."""
+class BackgroundHandler(logging.Handler):
+    """Write lines in a thread of its own, many at a time; drop the oldest when too many wait."""
 
-    listener: QueueListener
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.setFormatter(JSONFormatter())
+        self._stream = stream
+        self._lines: deque[str] = deque(maxlen=QUEUED_LINES)
+        self._has_lines = threading.Event()
+        self._is_closing = False
+        self._writer = threading.Thread(target=self._write_forever, daemon=True)
+        self._writer.start()
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        with suppress(Full):
-            self.queue.put_nowait(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record) + "\n")
+        if self._is_closing:
+            self._write()
+        elif not self._has_lines.is_set():
+            self._has_lines.set()
+
+    def close(self) -> None:
+        """Write what waits, unless nobody reads; from now on each line is written at once."""
+        self._is_closing = True
+        self._has_lines.set()
+        self._writer.join(CLOSE_TIMEOUT)
+        super().close()
+
+    def _write_forever(self) -> None:
+        while not self._is_closing:
+            self._has_lines.wait()
+            time.sleep(0 if self._is_closing else BATCH_INTERVAL)
+            self._has_lines.clear()
+            self._write()
+
+    def _write(self) -> None:
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        self._stream.write("".join(lines))
+        self._stream.flush()
 
 
 SOCKET_LINES = (
@@ -73,14 +107,7 @@ def is_not_of_a_socket(record: logging.LogRecord) -> bool:
 
 def configure() -> None:
     """Send all logging, uvicorn's too, to stdout as JSON; our line a request replaces uvicorn's."""
-    lines: Queue[logging.LogRecord] = Queue(QUEUED_LINES)
-    handler = DroppingQueueHandler(lines)
-    handler.setFormatter(JSONFormatter())
-    handler.listener = QueueListener(lines, logging.StreamHandler(sys.stdout))
-    handler.listener.start()
-    atexit.register(write_directly)
-
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[BackgroundHandler(sys.stdout)], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
@@ -94,15 +121,10 @@ def configure() -> None:
 
 
 def write_directly() -> None:
-    """Write what is queued, and from now on each line at once: the process is about to end."""
-    root = logging.getLogger()
-    for handler in root.handlers:
-        if isinstance(handler, DroppingQueueHandler):
-            direct = logging.StreamHandler(sys.stdout)
-            direct.setFormatter(handler.formatter)
-            root.addHandler(direct)
-            root.removeHandler(handler)
-            handler.listener.stop()
+    """Write what waits, and from now on each line at once: the process is about to end."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, BackgroundHandler):
+            handler.close()
 
 
 def log_request(method: str, endpoint: str, status: int, fields: dict[str, Any]) -> None:

@@ -122,23 +122,27 @@ class GroqExtra(msgspec.Struct):
     error: Any = None
 
 
-class Delta(msgspec.Struct):
+class Delta(msgspec.Struct, gc=False):
     content: str | None = None
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
     message: Delta | None = None
     finish_reason: str | None = None
 
 
-class Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct, gc=False):
     """One event of a streamed reply, or a whole reply: they differ in `delta` and `message`."""
 
     choices: list[Choice] | None = None
     usage: Any = None
     x_groq: GroqExtra | None = None
     error: Any = None
+
+    @property
+    def has_more_than_text(self) -> bool:
+        return not (self.usage is None and self.x_groq is None and self.error is None)
 
     @property
     def is_error(self) -> bool:

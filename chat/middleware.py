@@ -31,6 +31,17 @@ def log_fields(scope: Scope) -> dict[str, Any]:
     return fields
 
 
+def server_send(scope: Scope, send: Send) -> Send:
+    """
+    Return the server's own `send`, for what follows the beginning of a stream.
+
+    Four layers wrap `send`, ours and Starlette's, to look at how an answer begins. Each costs a
+    coroutine a message, and has nothing to do with what follows.
+    """
+    direct: Send = scope.get("chat.send", send)
+    return direct
+
+
 class RequestMiddleware:
     """Pure ASGI, so that nothing stands between a stream and its socket but a look at its start."""
 
@@ -42,6 +53,7 @@ class RequestMiddleware:
             return await self.app(scope, receive, send)
         request_id = _request_id(scope)
         token = logs.request_id.set(request_id)
+        scope["chat.send"] = send
         started_at = time.perf_counter()
         status = CallerLeft.status  # until an answer begins
 

@@ -62,14 +62,14 @@ class Reply:
     def accept(self) -> None:
         """Note that Groq has begun to answer."""
         self.is_accepted = True
-        self._wake()
+        self.wake()
 
     def add(self, tokens: list[str]) -> None:
         """Append tokens, none of them empty."""
         if self._first_token_at is None:
             self._first_token_at = self._loop.time()
         self._tokens += tokens
-        self._wake()
+        self.wake()
 
     def keep_what_was_read(self) -> None:
         """Drop the tokens that no reader has taken."""
@@ -80,7 +80,11 @@ class Reply:
         self.outcome = outcome
         self.error = error
         self._ended_at = self._loop.time()
-        self._wake()
+        self.wake()
+
+    @property
+    def tokens_read(self) -> int:
+        return self._read
 
     @property
     def has_tokens(self) -> bool:
@@ -117,15 +121,17 @@ class Reply:
             ChatError: the reply failed before that.
         """
         if not self.is_accepted and self.outcome is None:
-            await self._wait(timeout)
+            timer = self._loop.call_later(timeout, self.wake)
+            await self._wait()
+            timer.cancel()
         if self.error and not self.is_accepted:
             raise self.error
         return self.is_accepted
 
-    async def read(self, timeout: float | None) -> list[str]:
-        """Return the tokens since the last read; none at its end, or when `timeout` passes."""
+    async def read(self) -> list[str]:
+        """Return the tokens since the last read; none at its end, or where `wake` was called."""
         if self._read == len(self._tokens) and self.outcome is None:
-            await self._wait(timeout)
+            await self._wait()
         tokens = self._tokens[self._read :]
         self._read += len(tokens)
         return tokens
@@ -138,7 +144,7 @@ class Reply:
             ChatError: the reply failed.
         """
         while self.outcome is None:
-            await self._wait(None)
+            await self._wait()
         if self.error:
             raise self.error
         return self.text
@@ -173,17 +179,12 @@ class Reply:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    async def _wait(self, timeout: float | None) -> None:
+    async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout, self._wake) if timeout is not None else None
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if timer:
-                timer.cancel()
+        await self._waiter
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let a reader go that waits."""
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from chat.errors import BadRequest, BinaryMessage, BodyTooLarge, ChatError, InternalError
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import record_message
+from chat.middleware import record_message, server_send
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class ChatSocket:
         self, websocket: WebSocket, reply_to: Callable[[SocketRequest], Reply], *, max_bytes: int
     ) -> None:
         self._websocket = websocket
+        self._send = server_send(websocket.scope, websocket.send)
         self._reply_to = reply_to
         self._max_bytes = max_bytes
         self._reply: Reply | None = None
@@ -88,14 +89,18 @@ class ChatSocket:
     async def _relay(self, reply: Reply) -> None:
         try:
             while not reply.is_exhausted:
-                for token in await reply.read(None):
-                    await self._websocket.send_text(socket_token(token))
+                for token in await reply.read():
+                    await self._send({"type": "websocket.send", "text": socket_token(token)})
             if reply.error:
                 await self._fail(reply.error)
             else:
                 is_stopped = reply.outcome == "cancelled"
                 await self._websocket.send_text(SOCKET_CANCELLED if is_stopped else SOCKET_DONE)
-        except (WebSocketDisconnect, RuntimeError):  # closed by the caller, or by the other task
+        except (
+            WebSocketDisconnect,
+            OSError,
+            RuntimeError,
+        ):  # closed by the caller, or by the other task
             reply.abandon()
         finally:
             status = reply.error.status if reply.error else 200

@@ -1,10 +1,11 @@
 """What the service logs: one JSON object a line, one line a request, nothing that is secret."""
 
+import io
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
-from queue import Queue
 
 import pytest
 
@@ -113,12 +114,37 @@ def test_an_exception_is_logged_by_its_kind_and_place_without_its_text() -> None
     assert "caller's words" not in json.dumps({**line, "traceback": ""})
 
 
-def test_a_full_queue_drops_lines_rather_than_wait() -> None:
-    queue: Queue[logging.LogRecord] = Queue(1)
-    handler = logs.DroppingQueueHandler(queue)
-    for message in ("kept", "dropped"):
-        handler.enqueue(logging.LogRecord("x", 20, "f", 1, message, None, None))
-    assert [queue.get_nowait().msg, queue.empty()] == ["kept", True]
+class StuckStream(io.StringIO):
+    """A stream that takes nothing until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.released.wait(10)
+        return super().write(text)
+
+
+def test_the_oldest_lines_that_nobody_takes_are_dropped_rather_than_waited_for() -> None:
+    stream = StuckStream()
+    handler = logs.BackgroundHandler(stream)
+    count = 3 * logs.QUEUED_LINES
+    for number in range(count):
+        handler.emit(logging.LogRecord("x", 20, "f", 1, f"line {number}", None, None))
+    stream.released.set()
+    handler.close()
+    written = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    assert written[-1] == f"line {count - 1}"
+    assert len(written) < count
+
+
+def test_a_line_after_the_end_is_written_at_once() -> None:
+    stream = io.StringIO()
+    handler = logs.BackgroundHandler(stream)
+    handler.close()
+    handler.emit(logging.LogRecord("x", 20, "f", 1, "last words", None, None))
+    assert json.loads(stream.getvalue())["message"] == "last words"
 
 
 def test_a_stdout_that_nobody_reads_holds_up_no_request(

@@ -63,7 +63,7 @@ def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
         service, history = service_with(BrokenGroq())
         reply = service.reply_to(question(), "sse")
         while not reply.is_exhausted:
-            await reply.read(5)
+            await reply.read()
         return reply, await history.read(SHARED)
 
     with caplog.at_level(logging.ERROR):
@@ -78,7 +78,7 @@ def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
         service, history = service_with(FailingGroq())
         reply = service.reply_to(question(), "websocket")
         while not reply.is_exhausted:
-            await reply.read(5)
+            await reply.read()
         return reply, await history.read(SHARED)
 
     reply, stored = asyncio.run(scenario())
