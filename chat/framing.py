@@ -70,15 +70,12 @@ class EventParser:
         if self._is_at_start:
             self._is_at_start = False
             block = block.removeprefix(BYTE_ORDER_MARK)
-        return [
-            data
-            for event in block.split(b"\n\n")
-            if (
-                data := event[6:]
-                if event.startswith(b"data: ") and b"\n" not in event
-                else self._event(event)
-            )
-        ]
+        if block.startswith(b"data: "):
+            # The common form, one line an event, is taken apart without a look at each.
+            events = block[6:].split(b"\n\ndata: ")
+            if block.count(b"\n") == 2 * (len(events) - 1) and b"" not in events:
+                return events
+        return [data for event in block.split(b"\n\n") if (data := self._event(event))]
 
     def _event(self, event: bytes) -> bytes:
         data, is_error = [], False
@@ -146,7 +143,7 @@ class ReplyParser:
                 if choice.delta and choice.delta.content:
                     tokens.append(choice.delta.content)
                 self.finish_reason = choice.finish_reason or self.finish_reason
-            if chunk.has_more_than_text:
+            if chunk.usage is not None or chunk.x_groq is not None or chunk.error is not None:
                 self.usage = chunk.reported_usage or self.usage
                 self.groq_id = chunk.groq_id or self.groq_id
                 if chunk.is_error:

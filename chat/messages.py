@@ -141,10 +141,6 @@ class Chunk(msgspec.Struct, gc=False):
     error: Any = None
 
     @property
-    def has_more_than_text(self) -> bool:
-        return not (self.usage is None and self.x_groq is None and self.error is None)
-
-    @property
     def is_error(self) -> bool:
         return self.error is not None or (self.x_groq is not None and self.x_groq.error is not None)
 

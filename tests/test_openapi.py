@@ -7,14 +7,28 @@ import pytest
 import schemathesis
 import yaml
 from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
 from starlette.routing import Route
 
 import server
-from tests.servers import Service
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import Service, body
 
 FILE = Path(__file__).parent.parent / "openapi.yaml"
 DESCRIPTION: dict[str, Any] = yaml.safe_load(FILE.read_text())
 schema = schemathesis.openapi.from_dict(DESCRIPTION)
+
+bounded = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),  # a busy machine is no failure
+)
+
+
+def test_it_is_a_valid_description() -> None:
+    schema.validate()
 
 
 def test_it_describes_every_route_and_no_other() -> None:
@@ -42,13 +56,63 @@ def test_it_is_served_as_it_is(service: Service) -> None:
 
 @pytest.mark.timeout(120)
 @schema.parametrize()
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@bounded
 def test_the_service_answers_as_described(case: schemathesis.Case[Any], service: Service) -> None:
-    # A last message that is the assistant's is the one rule that a schema cannot tell.
-    excluded = [schemathesis.checks.positive_data_acceptance] if case.method == "POST" else []
-    case.call_and_validate(base_url=service.url, excluded_checks=excluded)
+    let_the_user_speak_last(case)
+    case.call_and_validate(base_url=service.url)
+
+
+@pytest.mark.timeout(120)
+@schema.include(path="/chat").parametrize()
+@bounded
+def test_a_caller_who_accepts_a_stream_is_answered_as_described(
+    case: schemathesis.Case[Any], service: Service
+) -> None:
+    let_the_user_speak_last(case)
+    case.call_and_validate(base_url=service.url, headers={"Accept": "text/event-stream"})
+
+
+CHATS = [
+    (200, Script(), {"stream": False}),
+    (200, Script(), {"stream": True}),
+    (200, Script(error_before_token=1), {"stream": True}),
+    (400, Script(), {"messages": []}),
+    (413, Script(), {"ignored": "x" * (256 << 10)}),
+    (502, Script(status=500), {}),
+    (502, Script(status=429, headers=(("retry-after", "7"),)), {}),
+    (504, Script(hold_before_status=True), {}),
+]
+
+
+@pytest.mark.parametrize(("status", "script", "fields"), CHATS)
+def test_each_outcome_of_a_chat_is_as_described(
+    groq: FakeGroq, start_service: StartService, status: int, script: Script, fields: dict[str, Any]
+) -> None:
+    groq.on("scripted", script)
+    one = start_service(GROQ_TIMEOUT=0.5)
+    asked = schema["/chat"]["POST"].Case(body={**body("scripted"), **fields})
+    answer = asked.call_and_validate(base_url=one.url, excluded_checks=[not_a_server_error])
+    assert answer.status_code == status
+
+
+def test_each_described_outcome_of_a_chat_is_tried() -> None:
+    described = set(DESCRIPTION["paths"]["/chat"]["post"]["responses"])
+    tried = {str(status) for status, _, _ in CHATS}
+    assert described - tried == {"500"}, "only a fault of ours cannot be ordered"
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("DELETE", 204), ("GET", 404)])
+def test_each_outcome_of_a_conversation_is_as_described(
+    service: Service, conversation: str, method: str, status: int
+) -> None:
+    if status != 404:
+        service.reply("hello", conversation)
+    asked = schema["/conversations/{id}"][method].Case(path_parameters={"id": conversation})
+    assert asked.call_and_validate(base_url=service.url).status_code == status
+
+
+def let_the_user_speak_last(case: schemathesis.Case[Any]) -> None:
+    """Keep the one rule that a schema cannot tell, where the request is to be a good one."""
+    asked: Any = case.body
+    if case.meta and case.meta.generation.mode.is_positive and case.operation.path == "/chat":
+        asked["messages"][-1]["role"] = "user"
