@@ -6,7 +6,7 @@ VENV := .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo run test test-integration check clean
+.PHONY: demo run test test-integration bench check clean
 
 demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
 	@PORT=$(PORT) $(BIN)/python -m tests.demo
@@ -20,6 +20,9 @@ test: $(READY)  ## all tests, with coverage
 test-integration: $(READY)  ## the tests that talk to the real Groq; they need GROQ_API_KEY
 	$(BIN)/python -m pytest tests/test_integration.py
 
+bench: $(READY)  ## the benchmark: beside the naive relay, in less than five minutes
+	$(BIN)/python -m bench.run
+
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,7 +31,7 @@ check: $(READY)  ## lint, format, types
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-dev.txt bench/requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r bench/requirements.txt
 	touch $@

@@ -36,10 +36,13 @@ class Order:
     interval: float
     seconds: float
     """How long they ask again; 0 for once."""
+    stagger: float = 0.0
+    """Seconds between the first requests of two callers."""
 
 
 @dataclass
 class Results:
+    callers: int = 0
     replies: int = 0
     wrong: int = 0
     first: list[float] = field(default_factory=list)
@@ -80,6 +83,8 @@ class Caller(asyncio.Protocol):
 
     def __init__(self, order: Order, results: Results, deadline: float, *, hold: bool) -> None:
         self.hold = hold
+        self.delay = results.callers * order.stagger
+        results.callers += 1
         self.order = order
         self.results = results
         self.deadline = deadline
@@ -93,12 +98,13 @@ class Caller(asyncio.Protocol):
         if self.is_upgrading:
             self.transport.write(UPGRADE)
         else:
-            self.ask()
+            asyncio.get_running_loop().call_later(self.delay, self.ask)
 
     def ask(self) -> None:
         self.received: list[bytes] = []
         is_socket = self.order.mode == "ws"
         self.asked_at = time.perf_counter()
+        self.is_waiting = True
         request = socket_message(chat_body(self.order)) if is_socket else http_request(self.order)
         self.transport.write(request)
 
@@ -109,7 +115,8 @@ class Caller(asyncio.Protocol):
         if self.hold and self.first_token.done():
             return None
         self.received.append(data)
-        if len(self.received) <= 2 and TOKENS[self.order.mode] in data:
+        if self.is_waiting and TOKENS[self.order.mode] in data:
+            self.is_waiting = False
             self.results.first.append(time.perf_counter() - self.asked_at)
             if not self.first_token.done():
                 self.first_token.set_result(None)

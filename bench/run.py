@@ -44,7 +44,8 @@ class Sizes:
     pace: float = 0.01
     json_tokens: int = 100
     first_callers: int = 10
-    first_seconds: float = 1.0
+    first_tokens: int = 10
+    first_seconds: float = 2.0
     idle_streams: int = 2000
     growth_streams: tuple[int, ...] = (10, 100, 1000)
     growth_tokens_per_second: int = 5000
@@ -244,9 +245,10 @@ class Bench:
             target,
             "sse",
             callers=sizes.first_callers,
-            tokens=1,
-            interval=0.0,
+            tokens=sizes.first_tokens,
+            interval=sizes.pace,
             seconds=sizes.first_seconds,
+            stagger=sizes.first_tokens * sizes.pace / sizes.first_callers,
         )
         first = [seconds * 1000 for seconds in results["first"]]
         return {"median_ms": median(first), "p99_ms": percentile(first, 99)}

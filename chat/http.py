@@ -47,7 +47,8 @@ def wants_stream(request: Request, body: ChatRequest) -> bool:
         return body.stream
     if request.query_params.get("stream") == "true":
         return True
-    return "text/event-stream" in request.headers.get("accept", "").lower()
+    accepted = ",".join(request.headers.getlist("accept")).lower().split(",")
+    return any(each.partition(";")[0].strip() == "text/event-stream" for each in accepted)
 
 
 class JSONResponse(Response):
@@ -151,5 +152,6 @@ async def routing_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     message = NO_SUCH_PATH
     if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
         message = f"the method must be one of {headers['Allow']}"
     return JSONResponse({"error": message}, error.status_code, headers)

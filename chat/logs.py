@@ -83,6 +83,7 @@ class BackgroundHandler(logging.Handler):
             time.sleep(0 if self._is_closing else BATCH_INTERVAL)
             self._has_lines.clear()
             self._write()
+        self._write()
 
     def _write(self) -> None:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]

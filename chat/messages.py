@@ -83,7 +83,11 @@ def parse_request(kind: type[RequestType], body: bytes | str) -> RequestType:
     except msgspec.ValidationError as error:
         raise BadRequest(_readable(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        what = str(error)
+        if isinstance(error, RecursionError):
+            what = "nested too deeply"
+        elif isinstance(error, UnicodeDecodeError):
+            what = "a string is not UTF-8"
         raise BadRequest(f"the body must be valid JSON in UTF-8: {what}") from None
 
 

@@ -86,7 +86,8 @@ def test_the_first_token_comes_while_groq_is_silent_before_the_second(
     [
         (None, "", "*/*", False),
         (None, "", "text/event-stream", True),
-        (None, "", "text/html, text/event-stream;q=0.9", True),
+        (None, "", "text/html, Text/Event-Stream;q=0.9", True),
+        (None, "", "text/event-streams", False),
         (None, "?stream=true", "*/*", True),
         (None, "?stream=false", "*/*", False),
         (True, "", "application/json", True),
@@ -113,7 +114,7 @@ USER = {"role": "user", "content": "x"}
         ("{", "the body must be valid JSON in UTF-8: Input data was truncated"),
         ("hello", "the body must be valid JSON"),
         ('{"a":' * 20_000, "nested too deeply"),
-        (b'{"messages":[{"role":"user","content":"\xff"}]}', "valid JSON in UTF-8"),
+        (b'{"messages":[{"role":"user","content":"\xff"}]}', "in UTF-8: a string is not UTF-8"),
         ([], "Expected `object`, got `array`"),
         ({}, "messages must not be empty"),
         ({"messages": []}, "messages must not be empty"),
@@ -144,6 +145,12 @@ def test_a_bad_body_gets_a_400_that_says_which_rule_it_breaks(
     assert list(answer.json()) == ["error"]
     assert error in answer.json()["error"]
     assert groq.requests == []
+
+
+def test_the_accept_header_may_come_in_several_lines(service: Service) -> None:
+    headers = [("accept", "application/json"), ("accept", "text/event-stream")]
+    answer = service.http.post("/chat", json=body("hello"), headers=headers)
+    assert answer.headers["content-type"] == "text/event-stream"
 
 
 def test_unknown_fields_are_ignored(service: Service) -> None:
