@@ -23,6 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from chat import logs, metrics
+from chat.batching import BatchingProtocol
 from chat.cache import open_cache
 from chat.config import Settings, SettingsError, load_settings
 from chat.errors import ChatError
@@ -174,6 +175,7 @@ def main() -> None:
         port=settings.port,
         log_config=None,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        ws=BatchingProtocol,
         ws_max_size=4 * settings.max_body_bytes,  # up to there, an error goes before the close
         ws_per_message_deflate=False,  # a token is too short to gain by it
     )

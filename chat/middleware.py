@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 STARTS = frozenset(("http.response.start", "websocket.http.response.start", "websocket.accept"))
 """The messages that begin an answer, and bear its headers."""
+TEXTS = "chat.websocket.texts"
+"""An extension of ASGI, where the server has it: many text messages in one (`chat.batching`)."""
 UNMATCHED = "unmatched"
 """The endpoint of what has no route of its own."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")

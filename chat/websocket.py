@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from chat.errors import BadRequest, BinaryMessage, BodyTooLarge, ChatError, InternalError
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import record_message, server_send
+from chat.middleware import TEXTS, record_message, server_send
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,7 @@ class ChatSocket:
     async def _relay(self, reply: Reply) -> None:
         try:
             while not reply.is_exhausted:
-                for token in await reply.read():
-                    await self._send({"type": "websocket.send", "text": socket_token(token)})
+                await self._send_texts([socket_token(token) for token in await reply.read()])
             if reply.error:
                 await self._fail(reply.error)
             else:
@@ -105,6 +104,13 @@ class ChatSocket:
         finally:
             status = reply.error.status if reply.error else 200
             record_message(self._websocket.scope, status, reply.summary())
+
+    async def _send_texts(self, texts: list[str]) -> None:
+        if TEXTS in self._websocket.scope.get("extensions", ()):
+            await self._send({"type": TEXTS, "texts": texts})
+            return
+        for text in texts:
+            await self._send({"type": "websocket.send", "text": text})
 
     async def _fail(self, error: ChatError) -> None:
         """Tell the caller of an error, and close the connection where the error asks for it."""

@@ -12,7 +12,7 @@ LEVELS = [
     ["framing", "history", "reply"],
     ["context", "tokens", "groq"],
     ["service", "middleware"],
-    ["http", "websocket"],
+    ["http", "websocket", "batching"],
     ["server"],
 ]
 MODULES = {path.stem: path for path in [*ROOT.glob("chat/*.py"), ROOT / "server.py"]}
@@ -20,7 +20,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 HOMES = {
     "starlette": {"config", "http", "middleware", "websocket", "server"},
-    "uvicorn": {"server"},
+    "uvicorn": {"server", "batching"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},
