@@ -45,7 +45,11 @@ class EventParser:
         Raises:
             GroqReplyBroken: an event has grown beyond `MAX_EVENT_BYTES`.
         """
-        complete, end, rest = (self._rest + self._normalized(received)).rpartition(b"\n\n")
+        if b"\r" in received or self._after_cr:
+            received = self._normalized(received)
+        if self._rest:
+            received = self._rest + received
+        complete, end, rest = received.rpartition(b"\n\n")
         self._rest = rest
         if len(rest) > MAX_EVENT_BYTES:
             raise GroqReplyBroken("sent an event that is too large")
@@ -60,10 +64,8 @@ class EventParser:
         if self._after_cr and received.startswith(b"\n"):
             received = received[1:]
             self._after_cr = False
-        if b"\r" not in received:
-            self._after_cr = self._after_cr and not received
-            return received
-        self._after_cr = received.endswith(b"\r")
+        if received:
+            self._after_cr = received.endswith(b"\r")
         return received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _events(self, block: bytes) -> list[bytes]:

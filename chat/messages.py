@@ -172,6 +172,8 @@ _CHUNKS = msgspec.json.Decoder(list[Chunk])
 def decode_chunks(events: list[bytes]) -> list[Chunk]:
     """Decode the data of some events in one go; stop before the first that is not a chunk."""
     try:
+        if len(events) == 1:
+            return [_CHUNK.decode(events[0])]
         return _CHUNKS.decode(b"[" + b",".join(events) + b"]")
     except (ValueError, RecursionError):
         return list(_decode_one_by_one(events))
