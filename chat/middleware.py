@@ -37,7 +37,7 @@ def server_send(scope: Scope, send: Send) -> Send:
     """
     Return the server's own `send`, for what follows the beginning of a stream.
 
-    Four layers wrap `send`, ours and Starlette's, to look at how an answer begins. Each costs a
+    Layers of ours and of Starlette's wrap `send`, to look at how an answer begins. Each costs a
     coroutine a message, and has nothing to do with what follows.
     """
     direct: Send = scope.get("chat.send", send)

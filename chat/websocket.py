@@ -89,7 +89,8 @@ class ChatSocket:
     async def _relay(self, reply: Reply) -> None:
         try:
             while not reply.is_exhausted:
-                await self._send_texts([socket_token(token) for token in await reply.read()])
+                if tokens := await reply.read():
+                    await self._send_texts([socket_token(token) for token in tokens])
             if reply.error:
                 await self._fail(reply.error)
             else:
