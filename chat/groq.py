@@ -112,10 +112,12 @@ class Groq:
                 if parser.finish_reason is None:
                     raise
                 received = b""  # only the end of the body is missing
-            if tokens := parser.feed(received) if received else parser.close():
-                reply.add(tokens)
+            tokens = parser.feed(received) if received else parser.close()
             reply.progress = parser.progress
             reply.groq_id = parser.groq_id
+            if tokens:
+                reply.add(tokens)
+                await reply.deliver()
             if not received:
                 return
             size += len(received)
@@ -171,7 +173,10 @@ class Groq:
         loop = asyncio.get_running_loop()
         return Watchdog(
             self._timeout,
-            progress=lambda: (reply.is_accepted, reply.progress),
+            # While a slow caller is written to, Groq is not waited for: that is no silence.
+            progress=lambda: (
+                object() if reply.is_delivering else (reply.is_accepted, reply.progress)
+            ),
             on_silence=lambda: clock.reschedule(loop.time()),
         )
 

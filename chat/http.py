@@ -86,19 +86,14 @@ class SSEReply(Response):
             await send(START)
             if not is_accepted:
                 await send(_body(KEEP_ALIVE))
-            with Watchdog(interval, progress=lambda: reply.tokens_read, on_silence=reply.wake):
-                await _relay(reply, server_send(scope, send))
-
-
-async def _relay(reply: Reply, send: Send) -> None:
-    is_running = True
-    while is_running:
-        tokens = await reply.read()
-        frames = sse_events(tokens) if tokens else b""
-        is_running = not reply.is_exhausted
-        if not is_running:
-            frames += sse_error(reply.error.message) if reply.error else DONE_EVENT
-        await send(_body(frames or KEEP_ALIVE, more_body=is_running))
+            direct = server_send(scope, send)
+            with Watchdog(interval, progress=lambda: reply.tokens_sent, on_silence=reply.wake):
+                await reply.relay(
+                    lambda tokens: direct(_body(sse_events(tokens))),
+                    on_wake=lambda: direct(_body(KEEP_ALIVE)),
+                )
+            end = sse_error(reply.error.message) if reply.error else DONE_EVENT
+            await send(_body(end, more_body=False))
 
 
 START = {

@@ -1,12 +1,13 @@
 """
-A reply in progress: the service writes it, a transport reads from it at its own pace.
+A reply in progress: the service writes it, a transport has it relayed to its socket.
 
-It stands between the two, so that neither waits for the other, and so that it can outlive the
-connection that asked for it.
+It is an object of its own and keeps its tokens, so that it can outlive the connection that asked
+for it. What Groq sends is passed on by the task that has read it: a second task for each caller
+would cost a turn of the event loop for each read (bench/README.md).
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 from chat.errors import ChatError
@@ -14,11 +15,12 @@ from chat.messages import Usage
 
 StreamType = Literal["json", "sse", "websocket"]
 Outcome = Literal["completed", "cancelled", "failed"]
+Write = Callable[[list[str]], Awaitable[None]]
 
 
 class Reply:
     """
-    The tokens of one reply, and how it goes with it. One reader at a time.
+    The tokens of one reply, and how it goes with it. One transport at a time.
 
     Attributes:
         is_accepted: whether Groq has begun to answer.
@@ -28,6 +30,7 @@ class Reply:
         usage: the tokens that it cost, as Groq reported them.
         prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
         model: the model that is asked.
+        is_delivering: whether tokens are being written to the caller.
         progress: how much has come from Groq, whether or not there are tokens in it.
         groq_id: the id to give to Groq's support.
     """
@@ -45,8 +48,10 @@ class Reply:
         self.groq_id: str | None = None
         self.progress = 0
         self._cancel: Callable[[], object] = lambda: None
+        self.is_delivering = False
         self._tokens: list[str] = []
-        self._read = 0
+        self._sent = 0
+        self._write: Write | None = None
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._started_at = self._loop.time()
@@ -69,11 +74,17 @@ class Reply:
         if self._first_token_at is None:
             self._first_token_at = self._loop.time()
         self._tokens += tokens
-        self.wake()
 
-    def keep_what_was_read(self) -> None:
-        """Drop the tokens that no reader has taken."""
-        del self._tokens[self._read :]
+    async def deliver(self) -> None:
+        """Write what has been added to the caller, if a transport is there."""
+        if self._write is not None:
+            self.is_delivering = True
+            await self._flush(self._write)
+            self.is_delivering = False
+
+    def keep_what_was_sent(self) -> None:
+        """Drop the tokens that no transport has written."""
+        del self._tokens[self._sent :]
 
     def end(self, outcome: Outcome, error: ChatError | None = None) -> None:
         """End the reply; nothing changes after that."""
@@ -83,8 +94,8 @@ class Reply:
         self.wake()
 
     @property
-    def tokens_read(self) -> int:
-        return self._read
+    def tokens_sent(self) -> int:
+        return self._sent
 
     @property
     def has_tokens(self) -> bool:
@@ -108,11 +119,6 @@ class Reply:
 
     # The transport's side.
 
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether it has ended and every token has been read."""
-        return self.outcome is not None and self._read == len(self._tokens)
-
     async def wait_accepted(self, timeout: float) -> bool:
         """
         Wait until Groq has begun to answer; return False if that takes longer than `timeout`.
@@ -128,13 +134,26 @@ class Reply:
             raise self.error
         return self.is_accepted
 
-    async def read(self) -> list[str]:
-        """Return the tokens since the last read; none at its end, or where `wake` was called."""
-        if self._read == len(self._tokens) and self.outcome is None:
-            await self._wait()
-        tokens = self._tokens[self._read :]
-        self._read += len(tokens)
-        return tokens
+    async def relay(
+        self, write: Write, *, on_wake: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """
+        Have the tokens written as they come, until the reply has ended.
+
+        Args:
+            write: writes some tokens to the caller; it must not raise.
+            on_wake: is called when `wake` was, while the reply goes on.
+        """
+        await self._flush(write)
+        self._write = write
+        try:
+            while self.outcome is None:
+                await self._wait()
+                if self.outcome is None and on_wake:
+                    await on_wake()
+        finally:
+            self._write = None
+        await self._flush(write)
 
     async def read_all(self) -> str:
         """
@@ -150,7 +169,7 @@ class Reply:
         return self.text
 
     def stop(self) -> None:
-        """End it for a caller who has seen enough: what was read is kept as the reply."""
+        """End it for a caller who has seen enough: what was sent is kept as the reply."""
         if self.outcome is None:
             self.was_stopped = True
             self._cancel_once()
@@ -179,12 +198,17 @@ class Reply:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
+    async def _flush(self, write: Write) -> None:
+        while tokens := self._tokens[self._sent :]:
+            await write(tokens)
+            self._sent += len(tokens)
+
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
         await self._waiter
 
     def wake(self) -> None:
-        """Let a reader go that waits."""
+        """Let a transport go that waits."""
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 

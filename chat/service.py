@@ -98,7 +98,7 @@ class ChatService:
                 outcome = "completed"
             except asyncio.CancelledError:
                 outcome = "cancelled"
-                reply.keep_what_was_read()
+                reply.keep_what_was_sent()
                 error = None if reply.was_stopped else CallerLeft()
             except ChatError as raised:
                 error = raised

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -14,6 +15,10 @@ from chat.middleware import TEXTS, record_message, server_send
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
+
+
+CLOSED = (WebSocketDisconnect, OSError, RuntimeError)
+"""What sending raises once the connection is closed, by the caller or by another task of ours."""
 
 
 class ChatSocket:
@@ -88,30 +93,27 @@ class ChatSocket:
 
     async def _relay(self, reply: Reply) -> None:
         try:
-            while not reply.is_exhausted:
-                if tokens := await reply.read():
-                    await self._send_texts([socket_token(token) for token in tokens])
+            await reply.relay(partial(self._write, reply))
             if reply.error:
                 await self._fail(reply.error)
             else:
                 is_stopped = reply.outcome == "cancelled"
                 await self._websocket.send_text(SOCKET_CANCELLED if is_stopped else SOCKET_DONE)
-        except (
-            WebSocketDisconnect,
-            OSError,
-            RuntimeError,
-        ):  # closed by the caller, or by the other task
-            reply.abandon()
+        except CLOSED:
+            pass
         finally:
             status = reply.error.status if reply.error else 200
             record_message(self._websocket.scope, status, reply.summary())
 
-    async def _send_texts(self, texts: list[str]) -> None:
-        if TEXTS in self._websocket.scope.get("extensions", ()):
-            await self._send({"type": TEXTS, "texts": texts})
-            return
-        for text in texts:
-            await self._send({"type": "websocket.send", "text": text})
+    async def _write(self, reply: Reply, tokens: list[str]) -> None:
+        texts = [socket_token(token) for token in tokens]
+        try:
+            if TEXTS in self._websocket.scope.get("extensions", ()):
+                return await self._send({"type": TEXTS, "texts": texts})
+            for text in texts:
+                await self._send({"type": "websocket.send", "text": text})
+        except CLOSED:
+            reply.abandon()
 
     async def _fail(self, error: ChatError) -> None:
         """Tell the caller of an error, and close the connection where the error asks for it."""
@@ -119,5 +121,5 @@ class ChatSocket:
             await self._websocket.send_text(error_body(error.message).decode())
             if error.close_code is not None:
                 await self._websocket.close(error.close_code)
-        except (WebSocketDisconnect, RuntimeError):
+        except CLOSED:
             pass

@@ -52,6 +52,10 @@ def service_with(groq: object) -> tuple[ChatService, MemoryHistory]:
     return ChatService(settings, history=history, counts=counts, groq=cast(Groq, groq)), history
 
 
+async def ignore(tokens: list[str]) -> None:
+    """A transport whose caller does not care."""
+
+
 def question() -> ChatRequest:
     return ChatRequest(messages=[Message("user", "question")])
 
@@ -62,8 +66,7 @@ def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
     async def scenario() -> tuple[Reply, object]:
         service, history = service_with(BrokenGroq())
         reply = service.reply_to(question(), "sse")
-        while not reply.is_exhausted:
-            await reply.read()
+        await reply.relay(ignore)
         return reply, await history.read(SHARED)
 
     with caplog.at_level(logging.ERROR):
@@ -77,8 +80,7 @@ def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
     async def scenario() -> tuple[Reply, object]:
         service, history = service_with(FailingGroq())
         reply = service.reply_to(question(), "websocket")
-        while not reply.is_exhausted:
-            await reply.read()
+        await reply.relay(ignore)
         return reply, await history.read(SHARED)
 
     reply, stored = asyncio.run(scenario())
