@@ -6,17 +6,20 @@ The front door: settings, routes, lifespan, `app`.
 Importing this module does nothing: `app` is made when it is first asked for.
 """
 
+import asyncio
 import gc
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -24,7 +27,6 @@ from starlette.websockets import WebSocket
 
 from chat import logs, metrics
 from chat.batching import BatchingProtocol
-from chat.cache import open_cache
 from chat.config import Settings, SettingsError, load_settings
 from chat.errors import ChatError
 from chat.groq import open_groq
@@ -34,15 +36,20 @@ from chat.http import (
     JSONReply,
     JSONResponse,
     SSEReply,
+    admit,
     chat_error,
     read_body,
     routing_error,
     wants_stream,
 )
+from chat.limits import RateLimiter
+from chat.link import open_link
 from chat.messages import ChatRequest, check_conversation_id, parse_request
-from chat.middleware import UNMATCHED, RequestMiddleware
+from chat.middleware import UNMATCHED, RequestMiddleware, client_of
+from chat.origins import OriginMiddleware
 from chat.service import ChatService
-from chat.tokens import CACHE_TTL, TokenCounts
+from chat.tokens import TokenCounts
+from chat.upstream import Upstream
 from chat.websocket import ChatSocket
 
 HOST = "0.0.0.0"  # noqa: S104  (a service in a container listens on all of its addresses)
@@ -52,18 +59,26 @@ OPENAPI = Path(__file__).with_name("openapi.yaml")
 
 
 async def chat(request: Request) -> Response:
-    settings, service = request.app.state.settings, request.app.state.service
-    body = parse_request(ChatRequest, await read_body(request, settings.max_body_bytes))
+    state, client = request.app.state, client_of(request.scope)
+    settings, service = state.settings, state.service
+    await admit(request, state.limiter)
+    received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
+    body = parse_request(ChatRequest, received)
     if wants_stream(request, body):
-        reply = service.reply_to(body, "sse")
+        reply = service.reply_to(body, "sse", client)
         return SSEReply(reply, keep_alive_interval=settings.keep_alive_interval)
-    return JSONReply(service.reply_to(body, "json"))
+    return JSONReply(service.reply_to(body, "json", client))
 
 
 async def chat_socket(websocket: WebSocket) -> None:
-    settings, service = websocket.app.state.settings, websocket.app.state.service
-    reply_to = partial(service.reply_to, stream_type="websocket")
-    await ChatSocket(websocket, reply_to, max_bytes=settings.max_body_bytes).serve()
+    state, client = websocket.app.state, client_of(websocket.scope)
+    await ChatSocket(
+        websocket,
+        partial(state.service.reply_to, stream_type="websocket", client=client),
+        state.limiter,
+        max_bytes=state.settings.max_body_bytes,
+        idle_timeout=state.settings.idle_timeout,
+    ).serve()
 
 
 async def no_such_socket(websocket: WebSocket) -> None:
@@ -84,13 +99,14 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    cache = request.app.state.cache
-    redis = "off" if cache is None else "up" if cache.is_up else "down"
-    return JSONResponse({"status": "ready", "redis": redis})
+    link, upstream = request.app.state.link, request.app.state.upstream
+    redis = "off" if link is None else "up" if link.is_up else "down"
+    return JSONResponse({"status": "ready", "redis": redis, "models": upstream.model_states})
 
 
 async def show_metrics(request: Request) -> Response:
     metrics.HISTORY_CONVERSATIONS.set(await request.app.state.service.count_conversations())
+    metrics.EVENT_LOOP_TASKS.set(len(asyncio.all_tasks()))
     return Response(metrics.generate_latest(), media_type=metrics.CONTENT_TYPE_LATEST)
 
 
@@ -98,13 +114,19 @@ async def openapi(request: Request) -> Response:
     return Response(OPENAPI.read_bytes(), media_type="application/yaml")
 
 
+METRICS = Route("/metrics", show_metrics)
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST", "DELETE"],
+    "allow_headers": ["*"],
+    "expose_headers": ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
+}
 ROUTES = [
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", chat_socket),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
     Route("/health", health),
     Route("/ready", ready),
-    Route("/metrics", show_metrics),
+    METRICS,
     Route("/openapi.yaml", openapi),
     WebSocketRoute("/{path:path}", no_such_socket, name=UNMATCHED),
 ]
@@ -116,33 +138,74 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
         stack.callback(logs.write_directly)
-        cache = None
+        link = None
         if settings.redis_addr:
-            opening = open_cache(settings.redis_addr, settings.redis_password, ttl=CACHE_TTL)
-            cache = await stack.enter_async_context(opening)
-        service = ChatService(
-            settings,
-            history=MemoryHistory(
-                max_exchanges=settings.max_exchanges,
-                max_conversations=settings.max_conversations,
-                max_bytes=settings.max_history_bytes,
-                ttl=settings.conversation_ttl,
-            ),
-            counts=TokenCounts(settings.model, cache),
-            groq=await stack.enter_async_context(open_groq(settings)),
+            opening = open_link(settings.redis_addr, settings.redis_password)
+            link = await stack.enter_async_context(opening)
+        history = MemoryHistory(
+            max_exchanges=settings.max_exchanges,
+            max_conversations=settings.max_conversations,
+            max_bytes=settings.max_history_bytes,
+            ttl=settings.conversation_ttl,
         )
+        upstream = Upstream(await stack.enter_async_context(open_groq(settings)), settings)
+        await stack.enter_async_context(running(upstream.check_forever()))
+        counts = TokenCounts(settings.model, link)
+        service = ChatService(settings, history=history, counts=counts, upstream=upstream)
         stack.push_async_callback(service.aclose)
-        app.state.cache = cache
+        app.state.link = link
+        app.state.upstream = upstream
         app.state.service = service
+        app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
+        if settings.metrics_port:
+            await stack.enter_async_context(metrics_server(app))
         gc.freeze()  # what is there now stays: no collection needs to look at it again
         yield
 
 
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run something in the background, and cancel it at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class SideServer(uvicorn.Server):
+    """A server within another's process, which leaves the signals to that one."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def metrics_server(app: Starlette) -> AsyncIterator[None]:
+    """Serve the metrics on a port of their own."""
+    side = Starlette(routes=[METRICS])
+    side.state = app.state
+    port = app.state.settings.metrics_port
+    config = uvicorn.Config(side, HOST, port, log_config=None, lifespan="off", access_log=False)
+    server = SideServer(config)
+    async with running(server.serve()):
+        yield
+        server.should_exit = True
+
+
 def create_app(settings: Settings) -> Starlette:
+    layers = [
+        Middleware(RequestMiddleware, settings=settings),
+        Middleware(OriginMiddleware, allowed=settings.allowed_origins),
+    ]
+    if settings.allowed_origins:
+        layers.append(Middleware(CORSMiddleware, allow_origins=settings.allowed_origins, **CORS))
     app = Starlette(
-        routes=ROUTES,
+        routes=[each for each in ROUTES if not (settings.metrics_port and each is METRICS)],
         lifespan=lifespan,
-        middleware=[Middleware(RequestMiddleware)],
+        middleware=layers,
         exception_handlers={ChatError: chat_error, HTTPException: routing_error},
     )
     app.router.redirect_slashes = False
@@ -162,18 +225,19 @@ def __getattr__(name: str) -> Starlette:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     settings = settings_or_exit()
-    logs.configure()
+    logs.configure(settings.log_level)
     return create_app(settings)
 
 
 def main() -> None:
     settings = settings_or_exit()
-    logs.configure()
+    logs.configure(settings.log_level)
     uvicorn.run(
         create_app(settings),
         host=HOST,
         port=settings.port,
         log_config=None,
+        proxy_headers=False,  # TRUSTED_PROXIES says whom to believe
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         ws=BatchingProtocol,
         ws_max_size=4 * settings.max_body_bytes,  # up to there, an error goes before the close

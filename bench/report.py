@@ -77,7 +77,7 @@ def growth_ratios(figures: Figures) -> list[tuple[str, str, str, str, str, str]]
                     ("first token, added at the median, ms", name, f"{added:.2f}", "", *aim)
                 )
     costs = list(figures.get("growth", {}).get("service", {}).values())
-    if len(costs) > 1:
+    if len(costs) > 1 and costs[-2]:
         ratio = costs[-1] / costs[-2]
         rows.append(
             ("most streams / next", "service", f"{ratio:.2f}", "", "<= 1.3", verdict(ratio <= 1.3))

@@ -133,6 +133,7 @@ class Bench:
             "GROQ_API_KEY": "bench",
             "GROQ_BASE_URL": f"http://127.0.0.1:{self.standin_port}/openai/v1",
             "REDIS_ADDR": self.redis.address,
+            "MAX_CONCURRENT": 10_000,
             **environ,
         }
         port, pid = self._serve("server.py", core=RELAY_CORE, **settings)

@@ -64,9 +64,12 @@ class StandIn(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received += data
         head, end, body = self.received.partition(b"\r\n\r\n")
+        if end and head.startswith(b"GET"):
+            self.received = b""
+            return self.transport.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
         if not end or not length or len(body) < int(length[1]):
-            return
+            return None
         self.received = b""
         tokens, interval = ORDER.findall(body)[-1]
         self.answer(int(tokens), float(interval), is_stream=b'"stream":true' in body)

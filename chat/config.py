@@ -8,12 +8,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.config import Config
 
+Network = IPv4Network | IPv6Network
 Parse = Callable[[str], Any]
 
 
@@ -84,6 +86,42 @@ def unicode_text(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many requests in so many seconds."""
+
+    limit: int
+    unit: str
+
+    @property
+    def window(self) -> int:
+        return UNITS[self.unit]
+
+    def __str__(self) -> str:
+        return f"{self.limit} requests a {self.unit}"
+
+
+UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+
+
+def rate(text: str) -> Rate | None:
+    if not text:
+        return None
+    limit, _, unit = text.partition("/")
+    return Rate(integer(1, 1_000_000).parse(limit), unit) if UNITS[unit] else None
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+def origins(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@]+", each) for each in found):
+        raise ValueError
+    return found
+
+
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind(lambda text: BOOLEANS[text.lower()], "true or false")
 ANY_TEXT = Kind(unicode_text, "text in UTF-8")
@@ -91,7 +129,12 @@ ANY_SECRET = Kind(unicode_text, "text in UTF-8", secret=True)
 BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
 API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
 MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
+OPTIONAL_MODEL_NAME = matching(r"\S*", "the name of a model, or empty for none")
 EFFORT = matching("low|medium|high", "low, medium or high")
+RATE = Kind(rate, "a rate such as 30/minute (second, minute, hour, day), or empty for none")
+NETWORKS = Kind(networks, "addresses or networks such as 10.0.0.0/8, with commas between them")
+ORIGINS = Kind(origins, "origins such as https://chat.example.com, with commas between them")
+LEVEL = matching("debug|info|warning|error", "debug, info, warning or error")
 REDIS_ADDRESS = Kind(redis_address, "host:port, such as redis:6379, or empty for no Redis")
 
 
@@ -109,8 +152,13 @@ class Settings:
     port: int = setting(integer(1, 65_535), 8000)
     groq_base_url: str = setting(BASE_URL, "https://api.groq.com/openai/v1")
     groq_connect_timeout: float = setting(seconds(0.01, 600), 5.0)
+    groq_first_event_timeout: float = setting(seconds(0.01, 3600), 30.0)
     groq_timeout: float = setting(seconds(0.01, 3600), 60.0)
+    groq_max_retries: int = setting(integer(0, 10), 2)
+    groq_circuit_failures: int = setting(integer(1, 1_000_000), 10)
+    reply_timeout: float = setting(seconds(0.01, 86_400), 300.0)
     model: str = setting(MODEL_NAME, "openai/gpt-oss-20b")
+    fallback_model: str = setting(OPTIONAL_MODEL_NAME, "")
     reasoning_effort: str = setting(EFFORT, "low")
     system_prompt: str = setting(ANY_TEXT, "")
     max_tokens: int = setting(integer(1, 1_000_000), 1024)
@@ -120,8 +168,18 @@ class Settings:
     max_conversations: int = setting(integer(1, 10_000_000), 10_000)
     conversation_ttl: float = setting(seconds(1, 31_536_000), 86_400.0)
     max_history_bytes: int = setting(integer(1, 1 << 40), 256 << 20)
+    rate_limit: Rate | None = setting(RATE, None)  # noqa: RUF009  (declares a field)
+    trusted_proxies: tuple[Network, ...] = setting(NETWORKS, ())
+    allowed_origins: tuple[str, ...] = setting(ORIGINS, ())
+    max_concurrent: int = setting(integer(1, 1_000_000), 1000)
+    max_concurrent_per_client: int = setting(integer(0, 1_000_000), 0)
     max_body_bytes: int = setting(integer(1, 1 << 30), 256 << 10)
+    body_timeout: float = setting(seconds(0.01, 3600), 15.0)
+    send_timeout: float = setting(seconds(0.01, 3600), 60.0)
+    idle_timeout: float = setting(seconds(0.01, 86_400), 600.0)
     keep_alive_interval: float = setting(seconds(0.01, 3600), 15.0)
+    metrics_port: int = setting(integer(0, 65_535), 0)
+    log_level: str = setting(LEVEL, "info")
     redis_addr: str = setting(REDIS_ADDRESS, "redis:6379")
     redis_password: str = setting(ANY_SECRET, "")
 

@@ -4,16 +4,25 @@ Everything that can go wrong in a chat, as one tree; each class knows its HTTP s
 ChatError
 ├── BadRequest                400  what the caller sent breaks a rule
 │   └── BinaryMessage              closes a WebSocket with 1003
+├── OriginNotAllowed          403  closes a WebSocket with 1008
 ├── ConversationNotFound      404
+├── BodyTooSlow               408
 ├── BodyTooLarge              413  closes a WebSocket with 1009
+├── RateLimited               429  too many requests of one client
+├── TooManyReplies            429  too many replies to one client at once
+├── TooBusy                   503  too many replies at once; closes a WebSocket with 1013
 ├── GroqError                 502
 │   ├── GroqUnreachable            no connection, or it broke before an answer
 │   ├── GroqRefused                an error status; knows `retry_after`
 │   ├── GroqFailed                 an error in mid-stream
-│   ├── GroqReplyBroken            cut, or not what the protocol says
+│   ├── GroqReplyBroken            not what the protocol says
+│   │   └── GroqReplyCut           ended before its end
 │   ├── GroqReplyEmpty             a reply without text
-│   └── GroqTimeout           504  no answer in time
+│   ├── GroqTimeout           504  no answer in time
+│   ├── GroqDown              503  not even asked, after a run of failures
+│   └── GroqQuotaUsedUp       503  not even asked, since it would refuse
 ├── CallerLeft                499  seen in the log only
+├── CallerIdle                     closes a WebSocket with 1001
 └── InternalError             500  a fault of ours; closes a WebSocket with 1011
 
 The text of each is for the caller: no secret, no stack trace, nothing that Groq said.
@@ -56,12 +65,29 @@ class BinaryMessage(BadRequest):
         super().__init__("a message must be JSON in a text frame, not a binary one")
 
 
+class OriginNotAllowed(ChatError):
+    status = 403
+    close_code = 1008
+    reason = "origin"
+
+    def __init__(self) -> None:
+        super().__init__("pages of this origin may not use this service")
+
+
 class ConversationNotFound(ChatError):
     status = 404
     reason = "not_found"
 
     def __init__(self) -> None:
         super().__init__("there is no such conversation")
+
+
+class BodyTooSlow(ChatError):
+    status = 408
+    reason = "too_slow"
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(f"the body must arrive within {limit:g} seconds")
 
 
 class BodyTooLarge(ChatError):
@@ -73,25 +99,87 @@ class BodyTooLarge(ChatError):
         super().__init__(f"the request must be at most {limit} bytes")
 
 
+class RateLimited(ChatError):
+    status = 429
+    reason = "rate_limited"
+
+    def __init__(self, policy: str, retry_after: int) -> None:
+        super().__init__(f"at most {policy} are allowed; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class TooManyReplies(ChatError):
+    status = 429
+    reason = "too_many"
+    retry_after = 1
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"at most {limit} replies at once for each client; wait for one to end")
+
+
+class TooBusy(ChatError):
+    status = 503
+    close_code = 1013
+    reason = "too_busy"
+    retry_after = 1
+
+    def __init__(self) -> None:
+        super().__init__("too many replies at once; try again in a moment")
+
+
 class GroqError(ChatError):
     status = 502
     reason = "groq"
+    is_temporary: bool = False
+    """Whether asking once more may help."""
+    is_of_model: bool = False
+    """Whether another model may do what this one cannot."""
+    is_outage: bool = False
+    """Whether it tells that Groq is down, rather than that it is limited or misused."""
 
 
 class GroqUnreachable(GroqError):
     reason = "unreachable"
+    is_temporary = is_outage = True
 
     def __init__(self) -> None:
         super().__init__("the language model service cannot be reached")
 
 
+TEMPORARY = frozenset((408, 409, 429, 498, 500, 502, 503, 504))
+"""Groq's statuses that another try may not meet; 498: flex capacity is used up."""
+OF_MODEL = frozenset((404, 429, 498, 503))
+"""Gone, rate-limited, or overloaded: each model by itself."""
+OUTAGES = frozenset((498, 500, 502, 503, 504))
+OPERATORS = frozenset((401, 403, 404))
+"""A wrong key or model: nothing that a caller could do anything about."""
+
+
 class GroqRefused(GroqError):
+    """
+    An error status.
+
+    Args:
+        upstream_status: Groq's.
+        retry_after: seconds that Groq wants to be left alone.
+        is_too_large: whether the prompt does not fit into what the model takes.
+    """
+
     reason = "refused"
 
-    def __init__(self, upstream_status: int, retry_after: int | None) -> None:
-        super().__init__(f"the language model service answered with status {upstream_status}")
+    def __init__(
+        self, upstream_status: int, retry_after: int | None, *, is_too_large: bool = False
+    ) -> None:
+        what = f"answered with status {upstream_status}"
+        if upstream_status in OPERATORS:
+            what = "cannot be used at the moment"
+        super().__init__(f"the language model service {what}")
         self.upstream_status = upstream_status
         self.retry_after = retry_after
+        self.is_too_large = is_too_large
+        self.is_temporary = upstream_status in TEMPORARY
+        self.is_of_model = upstream_status in OF_MODEL
+        self.is_outage = upstream_status in OUTAGES
 
     @property
     def log_fields(self) -> dict[str, object]:
@@ -100,6 +188,7 @@ class GroqRefused(GroqError):
 
 class GroqFailed(GroqError):
     reason = "failed"
+    is_temporary = is_outage = True
 
     def __init__(self) -> None:
         super().__init__("the language model service failed while it was replying")
@@ -112,6 +201,14 @@ class GroqReplyBroken(GroqError):
         super().__init__(f"the language model service {what}")
 
 
+class GroqReplyCut(GroqReplyBroken):
+    reason = "cut"
+    is_temporary = is_outage = True
+
+    def __init__(self) -> None:
+        super().__init__("cut its reply short")
+
+
 class GroqReplyEmpty(GroqError):
     reason = "empty"
 
@@ -119,9 +216,32 @@ class GroqReplyEmpty(GroqError):
 class GroqTimeout(GroqError):
     status = 504
     reason = "timeout"
+    is_temporary = is_outage = True
 
     def __init__(self) -> None:
         super().__init__("the language model service did not answer in time")
+
+
+class GroqDown(GroqError):
+    status = 503
+    reason = "down"
+    is_of_model = True
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the language model service is down; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class GroqQuotaUsedUp(GroqError):
+    status = 503
+    reason = "quota"
+    is_of_model = True
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(
+            f"the language model service's quota is used up; try again in {retry_after} s"
+        )
+        self.retry_after = retry_after
 
 
 class CallerLeft(ChatError):
@@ -130,6 +250,15 @@ class CallerLeft(ChatError):
 
     def __init__(self) -> None:
         super().__init__("the caller left before the reply was complete")
+
+
+class CallerIdle(ChatError):
+    status = 200  # no fault of anybody's
+    close_code = 1001
+    reason = "idle"
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(f"no message came for {limit:g} seconds; connect again to go on")
 
 
 class InternalError(ChatError):

@@ -9,7 +9,7 @@ import re
 
 import msgspec
 
-from chat.errors import GroqError, GroqFailed, GroqReplyBroken
+from chat.errors import GroqError, GroqFailed, GroqReplyBroken, GroqReplyCut
 from chat.messages import Usage, decode_chunks
 
 MAX_EVENT_BYTES = 1 << 20
@@ -127,7 +127,7 @@ class ReplyParser:
         """Take the end of the bytes; return the tokens of a last event whose end is missing."""
         tokens = self._tokens(self._parser.close())
         if not (self.is_done or isinstance(self.error, GroqFailed)):
-            self.error = None if self.finish_reason else GroqReplyBroken("cut its reply short")
+            self.error = None if self.finish_reason else GroqReplyCut()
         return tokens
 
     def _tokens(self, events: list[bytes]) -> list[str]:

@@ -7,12 +7,13 @@ OpenAI's will do. The only place that knows of httpx and of aiohttp, which is it
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from math import ceil
 from time import time
+from typing import Literal
 
 import aiohttp
 import httpx
@@ -27,12 +28,14 @@ from chat.errors import (
     GroqFailed,
     GroqRefused,
     GroqReplyBroken,
+    GroqReplyCut,
     GroqReplyEmpty,
     GroqTimeout,
     GroqUnreachable,
 )
 from chat.framing import ReplyParser
-from chat.messages import Message, decode_reply
+from chat.messages import Message, decode_model_names, decode_reply
+from chat.quota import Quota
 from chat.reply import Reply
 from chat.watchdog import Watchdog
 
@@ -44,15 +47,34 @@ MAX_RETRY_AFTER = 86_400
 DRAIN_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
+MAX_ERROR_BYTES = 64 << 10
+ERROR_TIMEOUT = 1.0
+"""Seconds to wait for the body of an error, which only tells its kind."""
+LOOK_UP_TIMEOUT = 10.0
+
 REASONING_MODELS = re.compile(r"openai/gpt-oss-\d+b")
+TOO_LARGE = re.compile(rb"context.{0,20}(length|size|window)|reduce the length", re.I)
+"""How OpenAI-compatible servers say, somewhere in a 400, that a prompt is too long."""
+
+OnAnswer = Callable[[], object]
+ModelState = Literal["available", "missing", "refused", "unknown"]
 
 
 class Groq:
-    """Ask one model at Groq for replies."""
+    """
+    Ask one model at Groq for replies, once each.
 
-    def __init__(self, client: httpx.AsyncClient, settings: Settings) -> None:
+    Attributes:
+        model: the model's name.
+        quota: what is left of the model's quota, by Groq's last answer.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, settings: Settings, model: str) -> None:
+        self.model = model
+        self.quota = Quota()
         self._client = client
         self._url = httpx.URL(f"{settings.groq_base_url}/chat/completions")
+        self._models_url = httpx.URL(f"{settings.groq_base_url}/models")
         self._headers = httpx.Headers(
             {
                 "Authorization": f"Bearer {settings.groq_api_key}",
@@ -62,49 +84,77 @@ class Groq:
         )
         connect = settings.groq_connect_timeout
         self._connect_timeout = {"connect": connect, "pool": connect}
+        self._first_event_timeout = settings.groq_first_event_timeout
         self._timeout = settings.groq_timeout
         self._max_tokens = settings.max_tokens
         self._options: dict[str, object] = {
-            "model": settings.model,
+            "model": model,
             "max_completion_tokens": settings.max_tokens,
         }
-        if REASONING_MODELS.fullmatch(settings.model):
+        if REASONING_MODELS.fullmatch(model):
             self._options["include_reasoning"] = False
             self._options["reasoning_effort"] = settings.reasoning_effort
 
-    async def complete(self, messages: Sequence[Message], reply: Reply) -> None:
+    async def complete(
+        self, messages: Sequence[Message], reply: Reply, on_answer: OnAnswer
+    ) -> None:
         """
         Ask for the reply as a whole and write it to `reply`.
+
+        Args:
+            on_answer: is called once the model has answered.
 
         Raises:
             GroqError: there is no reply.
         """
-        async with self._asked({"messages": messages}, reply) as response:
-            await self._read_whole(response, reply)
+        # All of it is one event, which may take as long as the longest silence in a stream.
+        async with self._asked({"messages": messages}, reply, self._timeout) as attempt:
+            await self._read_whole(attempt, reply)
+            on_answer()
 
-    async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
+    async def stream(self, messages: Sequence[Message], reply: Reply, on_answer: OnAnswer) -> None:
         """
         Ask for the reply as a stream and write its tokens to `reply` as they come.
+
+        Args:
+            on_answer: is called once the model has begun to answer.
 
         Raises:
             GroqError: there is no reply, or it broke off; what came until then is in `reply`.
         """
-        parser = ReplyParser()
         options = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        async with self._asked(options, reply) as response:
-            if response.headers.get("content-type", "").startswith("application/json"):
-                return await self._read_whole(response, reply)  # of a server that cannot stream
-            await self._read_stream(response, parser, reply)
+        async with self._asked(options, reply, self._first_event_timeout) as attempt:
+            if attempt.content_type.startswith("application/json"):
+                await self._read_whole(attempt, reply)  # of a server that cannot stream
+                on_answer()
+                return
+            parser = ReplyParser()
+            await self._read_stream(attempt, parser, reply, on_answer)
             reply.usage = parser.usage
             if parser.error:
                 raise parser.error
             self._check_not_empty(reply, parser.finish_reason)
-            await _drain(_content(response))
+            await _drain(attempt.content)
+
+    async def look_up(self) -> ModelState:
+        """Find out whether Groq knows the key and the model; unknown where it does not tell."""
+        try:
+            async with asyncio.timeout(LOOK_UP_TIMEOUT):
+                answer = await self._client.get(self._models_url, headers=self._headers)
+        except (TimeoutError, httpx.HTTPError, aiohttp.ClientError):
+            return "unknown"
+        if answer.status_code in (401, 403):
+            return "refused"
+        names = decode_model_names(answer.content) if answer.status_code == 200 else None
+        if names is None:
+            return "unknown"
+        # Ollama lists `llama3:latest` where it also takes `llama3`.
+        return "available" if names & {self.model, f"{self.model}:latest"} else "missing"
 
     async def _read_stream(
-        self, response: httpx.Response, parser: ReplyParser, reply: Reply
+        self, attempt: "_Attempt", parser: ReplyParser, reply: Reply, on_answer: OnAnswer
     ) -> None:
-        content, size = _content(response), 0
+        content, size = attempt.content, 0
         while not (parser.is_done or parser.error):
             try:
                 received = await content.readany()
@@ -115,7 +165,11 @@ class Groq:
             tokens = parser.feed(received) if received else parser.close()
             reply.progress = parser.progress
             reply.groq_id = parser.groq_id
+            if attempt.is_waiting and parser.progress:
+                attempt.begin()
             if tokens:
+                if not reply.has_tokens:
+                    on_answer()
                 reply.add(tokens)
                 await reply.deliver()
             if not received:
@@ -124,9 +178,10 @@ class Groq:
             if size > MAX_REPLY_BYTES:
                 raise GroqReplyBroken("sent a reply that is too large")
 
-    async def _read_whole(self, response: httpx.Response, reply: Reply) -> None:
-        content, body = _content(response), bytearray()
-        while received := await content.readany():
+    async def _read_whole(self, attempt: "_Attempt", reply: Reply) -> None:
+        body = bytearray()
+        attempt.begin()
+        while received := await attempt.content.readany():
             reply.progress += 1
             body += received
             if len(body) > MAX_REPLY_BYTES:
@@ -153,36 +208,68 @@ class Groq:
 
     @asynccontextmanager
     async def _asked(
-        self, options: dict[str, object], reply: Reply
-    ) -> AsyncIterator[httpx.Response]:
+        self, options: dict[str, object], reply: Reply, first_limit: float
+    ) -> AsyncIterator["_Attempt"]:
         """Send the request, and give its answer while Groq makes progress."""
         body = msgspec.json.encode({**self._options, **options})
         request = httpx.Request("POST", self._url, headers=self._headers, content=body)
         request.extensions["timeout"] = self._connect_timeout
-        with _translated(reply):
-            async with asyncio.timeout(None) as clock:
-                with self._watchdog(reply, clock):
-                    response = await self._client.send(request, stream=True)
+        attempt = _Attempt(reply, self._timeout)
+        with _translated(attempt):
+            async with asyncio.timeout(first_limit) as attempt.clock:
+                with attempt.clocks:
+                    with self.quota.reserve((reply.prompt_tokens or 0) + self._max_tokens):
+                        response = await self._client.send(request, stream=True)
+                        self.quota.note(response.headers)
                     async with aclosing(response):
                         if response.status_code != 200:
-                            raise _refusal(response)
-                        reply.accept()
-                        yield response
+                            raise await _refusal(response)
+                        attempt.accept(response)
+                        yield attempt
 
-    def _watchdog(self, reply: Reply, clock: asyncio.Timeout) -> Watchdog:
-        loop = asyncio.get_running_loop()
-        return Watchdog(
-            self._timeout,
+
+class _Attempt:
+    """
+    One request to Groq and its clocks: one until the first event, then one for each silence.
+
+    Attributes:
+        is_waiting: whether the first event is still to come.
+        is_accepted: whether Groq has begun to answer.
+    """
+
+    clock: asyncio.Timeout
+    content: aiohttp.StreamReader
+    content_type: str
+
+    def __init__(self, reply: Reply, silence_limit: float) -> None:
+        self.is_waiting = True
+        self.is_accepted = False
+        self.clocks = ExitStack()
+        self._reply = reply
+        self._silence_limit = silence_limit
+
+    def accept(self, response: httpx.Response) -> None:
+        self.is_accepted = True
+        self.content = _content(response)
+        self.content_type = response.headers.get("content-type", "")
+        self._reply.accept()
+
+    def begin(self) -> None:
+        """Change from the first clock to the second."""
+        self.is_waiting = False
+        self.clock.reschedule(None)
+        loop, reply = asyncio.get_running_loop(), self._reply
+        watchdog = Watchdog(
+            self._silence_limit,
             # While a slow caller is written to, Groq is not waited for: that is no silence.
-            progress=lambda: (
-                object() if reply.is_delivering else (reply.is_accepted, reply.progress)
-            ),
-            on_silence=lambda: clock.reschedule(loop.time()),
+            progress=lambda: object() if reply.is_delivering else reply.progress,
+            on_silence=lambda: self.clock.reschedule(loop.time()),
         )
+        self.clocks.enter_context(watchdog)
 
 
 @contextmanager
-def _translated(reply: Reply) -> Iterator[None]:
+def _translated(attempt: _Attempt) -> Iterator[None]:
     """Turn what httpx, aiohttp and the clock raise into our own errors; count the outcome."""
     outcome = "cancelled"
     try:
@@ -195,7 +282,7 @@ def _translated(reply: Reply) -> Iterator[None]:
         outcome = GroqTimeout.reason
         raise GroqTimeout from error
     except (httpx.HTTPError, aiohttp.ClientError) as error:
-        translated = _translate(error, reply)
+        translated = _translate(error, attempt)
         outcome = translated.reason
         raise translated from error
     except Exception:
@@ -205,19 +292,33 @@ def _translated(reply: Reply) -> Iterator[None]:
         metrics.GROQ_REQUESTS.labels(outcome).inc()
 
 
-def _translate(error: Exception, reply: Reply) -> GroqError:
-    if reply.is_accepted:
-        return GroqReplyBroken("cut its reply short")
+def _translate(error: Exception, attempt: _Attempt) -> GroqError:
+    if attempt.is_accepted:
+        return GroqReplyCut()
     if isinstance(error.__cause__, TimeoutError):
         return GroqTimeout()
     return GroqUnreachable()
 
 
-def _refusal(response: httpx.Response) -> GroqRefused:
-    retry_after = None
-    if response.status_code == 429:
-        retry_after = parse_retry_after(response.headers.get("retry-after", ""))
-    return GroqRefused(response.status_code, retry_after)
+async def _refusal(response: httpx.Response) -> GroqRefused:
+    status = response.status_code
+    retry_after = parse_retry_after(response.headers.get("retry-after", ""))
+    is_too_large = status == 413 or (
+        status == 400 and TOO_LARGE.search(await _beginning(_content(response))) is not None
+    )
+    return GroqRefused(status, retry_after, is_too_large=is_too_large)
+
+
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
+    """Return the body of an error, as far as it comes soon."""
+    body = b""
+    try:
+        async with asyncio.timeout(ERROR_TIMEOUT):
+            while len(body) < MAX_ERROR_BYTES and (received := await content.readany()):
+                body += received
+    except (TimeoutError, aiohttp.ClientError):
+        pass
+    return body
 
 
 def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
@@ -242,11 +343,12 @@ async def _drain(content: aiohttp.StreamReader) -> None:
 
 
 @asynccontextmanager
-async def open_groq(settings: Settings) -> AsyncIterator[Groq]:
-    """Open the one client of the process."""
+async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
+    """Open the one client of the process; give the model, and the fallback if there is one."""
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
     async with httpx.AsyncClient(transport=GroqTransport(), cookies=no_cookies) as client:
-        yield Groq(client, settings)
+        names = filter(None, (settings.model, settings.fallback_model))
+        yield [Groq(client, settings, name) for name in names]
 
 
 class GroqTransport(AiohttpTransport):

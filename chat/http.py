@@ -10,26 +10,36 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chat.errors import BodyTooLarge, ChatError
+from chat.errors import BodyTooLarge, BodyTooSlow, ChatError
 from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
+from chat.limits import RateLimiter
 from chat.messages import ChatRequest
-from chat.middleware import log_fields, server_send
+from chat.middleware import add_headers, client_of, log_fields, server_send
 from chat.reply import Reply
 from chat.watchdog import Watchdog
 
 NO_SUCH_PATH = "there is no such path"
+PIECE_BYTES = 64 << 10
 START_TIMEOUT = 10.0
 """Seconds until a stream begins without Groq's status: proxies give up on a silent upstream."""
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, timeout: float) -> bytes:
     """
-    Read the body of a request, no further than `limit` bytes.
+    Read the body of a request, no further than `limit` bytes and for `timeout` seconds.
 
     Raises:
-        BodyTooLarge: it is longer.
+        BodyTooLarge, BodyTooSlow: it is longer, or takes longer.
         ClientDisconnect: the caller left before its end.
     """
+    try:
+        async with asyncio.timeout(timeout):
+            return await _read_body(request, limit)
+    except TimeoutError:
+        raise BodyTooSlow(timeout) from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise BodyTooLarge(limit)
@@ -39,6 +49,19 @@ async def read_body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise BodyTooLarge(limit)
     return bytes(body)
+
+
+async def admit(request: Request, limiter: RateLimiter | None) -> None:
+    """
+    Count a chat against its client's limit, and have the answer bear what is left.
+
+    Raises:
+        RateLimited: the limit is reached.
+    """
+    if limiter:
+        allowance = await limiter.take(client_of(request.scope))
+        add_headers(request.scope, allowance.headers)
+        allowance.check()
 
 
 def wants_stream(request: Request, body: ChatRequest) -> bool:
@@ -58,6 +81,17 @@ class JSONResponse(Response):
 
     def render(self, content: object) -> bytes:
         return msgspec.json.encode(content)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a large body in pieces: for a slow reader, only the next one waits."""
+        if len(self.body) <= PIECE_BYTES:
+            return await super().__call__(scope, receive, send)
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        for start in range(0, len(self.body), PIECE_BYTES):
+            await send(_body(bytes(self.body[start : start + PIECE_BYTES])))
+        await send(_body(b"", more_body=False))
 
 
 class JSONReply(Response):
@@ -93,7 +127,7 @@ class SSEReply(Response):
                     on_wake=lambda: direct(_body(KEEP_ALIVE)),
                 )
             end = sse_error(reply.error.message) if reply.error else DONE_EVENT
-            await send(_body(end, more_body=False))
+            await direct(_body(end, more_body=False))
 
 
 START = {
@@ -136,7 +170,7 @@ async def chat_error(request: Request, error: Exception) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"  # the rest of the body is not read
     return JSONResponse({"error": error.message}, error.status, headers)
 

@@ -106,9 +106,11 @@ def is_not_of_a_socket(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(SOCKET_LINES)
 
 
-def configure() -> None:
+def configure(level: str) -> None:
     """Send all logging, uvicorn's too, to stdout as JSON; our line a request replaces uvicorn's."""
-    logging.basicConfig(level=logging.INFO, handlers=[BackgroundHandler(sys.stdout)], force=True)
+    handler = BackgroundHandler(sys.stdout)
+    handler.setLevel(level.upper())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -191,3 +191,18 @@ def decode_reply(body: bytes) -> Chunk | None:
     """Decode a reply that came as a whole; None where it is none."""
     chunks = decode_chunks([body])
     return chunks[0] if len(chunks) == 1 else None
+
+
+class _Models(msgspec.Struct):
+    class Entry(msgspec.Struct):
+        id: str
+
+    data: list[Entry]
+
+
+def decode_model_names(body: bytes) -> set[str] | None:
+    """Decode the answer of `GET /models` to the names in it; None where it is none."""
+    try:
+        return {entry.id for entry in msgspec.json.decode(body, type=_Models).data}
+    except (ValueError, RecursionError):
+        return None

@@ -42,10 +42,22 @@ CHAT_TOKENS = Counter(
 )
 GROQ_REQUESTS = Counter("groq_requests_total", "Requests to Groq.", ["outcome"])
 GROQ_RETRIES = Counter("groq_retries_total", "Requests to Groq that were sent once more.")
+GROQ_FALLBACKS = Counter(
+    "groq_fallbacks_total", "Replies that the fallback model was asked for, as the first could not."
+)
+GROQ_CIRCUIT_STATE = Gauge(
+    "groq_circuit_state",
+    "0 while a model is asked, 2 while it is left alone, 1 in a probe.",
+    ["model"],
+)
+GROQ_MODEL_AVAILABLE = Gauge(
+    "groq_model_available", "0 while Groq refuses the key or lacks the model, else 1.", ["model"]
+)
 TOKEN_CACHE_LOOKUPS = Counter(
     "token_cache_lookups_total", "Messages whose token count was looked up.", ["result"]
 )
 HISTORY_CONVERSATIONS = Gauge("history_conversations", "Conversations kept in the history.")
+EVENT_LOOP_TASKS = Gauge("event_loop_tasks", "Tasks of the event loop, when it was scraped.")
 REDIS_UP = Gauge("redis_up", "1 while Redis answers, 0 while it does not or is not configured.")
 
 STREAM_TYPES = ("json", "sse", "websocket")

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -11,6 +12,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chat import logs, metrics
+from chat.addresses import client_address
+from chat.config import Settings
+from chat.connection import CallerConnection
 from chat.errors import CallerLeft, InternalError
 from chat.framing import error_body
 from chat.reply import milliseconds
@@ -47,15 +51,18 @@ def server_send(scope: Scope, send: Send) -> Send:
 class RequestMiddleware:
     """Pure ASGI, so that nothing stands between a stream and its socket but a look at its start."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self.app = app
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         request_id = _request_id(scope)
         token = logs.request_id.set(request_id)
-        scope["chat.send"] = send
+        self._find_client(scope)
+        connection = CallerConnection(send, self._settings.send_timeout)
+        scope["chat.send"] = connection.send
         started_at = time.perf_counter()
         status = CallerLeft.status  # until an answer begins
 
@@ -63,12 +70,13 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] in STARTS:
                 status = message.get("status", 101)
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
+                added = [(b"x-request-id", request_id.encode()), *scope.get("chat.headers", ())]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await connection.send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            with connection.watch():
+                await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception:
@@ -79,6 +87,13 @@ class RequestMiddleware:
         finally:
             _record(scope, status, time.perf_counter() - started_at)
             logs.request_id.reset(token)
+
+    def _find_client(self, scope: Scope) -> None:
+        """Put the client's address in the place of a trusted proxy's."""
+        trusted = self._settings.trusted_proxies
+        if trusted and (peer := scope.get("client")):
+            forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
+            scope["client"] = (client_address(peer[0], forwarded_for, trusted), peer[1])
 
 
 def _request_id(scope: Scope) -> str:
@@ -105,15 +120,23 @@ def _record(scope: Scope, status: int, duration: float) -> None:
     endpoint = _endpoint(scope)
     metrics.HTTP_REQUESTS.labels(method, endpoint, status).inc()
     metrics.HTTP_REQUEST_DURATION.labels(method, endpoint).observe(duration)
-    fields = {"client": _client(scope), "duration_ms": milliseconds(duration)}
+    fields = {"client": client_of(scope) or None, "duration_ms": milliseconds(duration)}
     logs.log_request(method, endpoint, status, {**fields, **log_fields(scope)})
 
 
 def record_message(scope: Scope, status: int, fields: dict[str, Any]) -> None:
     """Log the line of one message on a WebSocket, which is a request of its own there."""
-    logs.log_request("GET", _endpoint(scope), status, {"client": _client(scope), **fields})
+    logs.log_request(
+        "GET", _endpoint(scope), status, {"client": client_of(scope) or None, **fields}
+    )
 
 
-def _client(scope: Scope) -> str | None:
+def client_of(scope: Scope) -> str:
+    """Return the client's address; empty where the server knows none, as on a Unix socket."""
     client = scope.get("client")
-    return client[0] if client else None
+    return client[0] if client else ""
+
+
+def add_headers(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Have the headers borne by the answer, whatever it will be."""
+    scope.setdefault("chat.headers", []).extend(headers)

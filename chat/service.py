@@ -5,18 +5,29 @@ meet.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from chat import metrics
 from chat.config import Settings
 from chat.context import fit, without_overlap
-from chat.errors import CallerLeft, ChatError, ConversationNotFound, InternalError
-from chat.groq import Groq
+from chat.errors import (
+    CallerLeft,
+    ChatError,
+    ConversationNotFound,
+    GroqRefused,
+    GroqTimeout,
+    InternalError,
+    TooBusy,
+    TooManyReplies,
+)
 from chat.history import SHARED, Exchange, History, flatten
 from chat.messages import ChatRequest, Message, Usage
 from chat.reply import Outcome, Reply, StreamType
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens
+from chat.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -26,41 +37,72 @@ class Turn:
     """What a reply is asked for with."""
 
     conversation: str | None
+    history: Sequence[Exchange]
+    """The stored exchanges that go along."""
     new: list[Message]
     """The messages that the history does not have yet."""
-    preceding: int
-    """How many stored exchanges go before them."""
-    messages: list[Message]
-    """Those exchanges' messages and the new ones."""
     counts: list[Count]
+    """Of the messages of both."""
+
+    @property
+    def messages(self) -> list[Message]:
+        return [*flatten(self.history), *self.new]
+
+    def with_newest(self, count: int) -> "Turn":
+        """Return the same with only so many of its stored exchanges."""
+        history = self.history[len(self.history) - count :]
+        length = len(flatten(history)) + len(self.new)
+        counts = self.counts[len(self.counts) - length :]
+        return replace(self, history=history, counts=counts)
 
 
 class ChatService:
     """Answer chat requests, each with a `Reply` that fills while it is read."""
 
     def __init__(
-        self, settings: Settings, *, history: History, counts: TokenCounts, groq: Groq
+        self, settings: Settings, *, history: History, counts: TokenCounts, upstream: Upstream
     ) -> None:
         self._settings = settings
         self._history = history
         self._counts = counts
-        self._groq = groq
+        self._upstream = upstream
         self._system: list[Message] = []
         self._system_tokens = 0
         if settings.system_prompt:
             self._system = [Message("system", settings.system_prompt)]
             self._system_tokens = estimate(self._system[0])
         self._tasks: set[asyncio.Task[None]] = set()
+        self._replies_to: Counter[str] = Counter()
 
-    def reply_to(self, request: ChatRequest, stream_type: StreamType) -> Reply:
-        """Begin the reply to a request; who takes it ends it with `stop` or `abandon`."""
+    def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
+        """
+        Begin the reply to a request; who takes it ends it with `stop` or `abandon`.
+
+        Raises:
+            TooBusy, TooManyReplies: too many run already, of all clients or of this one.
+        """
+        self._check_room(client)
         reply = Reply(stream_type, self._settings.model)
         task = asyncio.create_task(self._run(request, reply))
         # Not at once: a task that is cancelled before its first step never gets to end its reply.
         reply.begin(lambda: task.get_loop().call_soon(task.cancel))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._replies_to[client] += 1
+        task.add_done_callback(partial(self._make_room, client))
         return reply
+
+    def _check_room(self, client: str) -> None:
+        limit = self._settings.max_concurrent_per_client
+        if len(self._tasks) >= self._settings.max_concurrent:
+            raise TooBusy
+        if limit and self._replies_to[client] >= limit:
+            raise TooManyReplies(limit)
+
+    def _make_room(self, client: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._replies_to[client] -= 1
+        if not self._replies_to[client]:
+            del self._replies_to[client]
 
     async def messages_of(self, conversation: str) -> list[Message]:
         """
@@ -93,9 +135,12 @@ class ChatService:
             error: ChatError | None = None
             turn = None
             try:
-                turn = await self._prepare(request)
-                await self._ask(turn, reply)
+                async with asyncio.timeout(self._settings.reply_timeout):
+                    turn = await self._prepare(request)
+                    turn = await self._ask(turn, reply)
                 outcome = "completed"
+            except TimeoutError:
+                error = GroqTimeout()
             except asyncio.CancelledError:
                 outcome = "cancelled"
                 reply.keep_what_was_sent()
@@ -127,19 +172,29 @@ class ChatService:
             max_tokens=self._settings.max_tokens,
             context_tokens=self._settings.context_tokens,
         )
-        messages = [*flatten(history[len(history) - preceding :]), *new]
-        return Turn(conversation, new, preceding, messages, counts[len(counts) - len(messages) :])
+        return Turn(conversation, history, new, counts).with_newest(preceding)
 
-    async def _ask(self, turn: Turn, reply: Reply) -> None:
+    async def _ask(self, turn: Turn, reply: Reply) -> Turn:
+        """Ask; where that is too much for the model, once more with half of the history."""
+        try:
+            await self._ask_once(turn, reply)
+        except GroqRefused as error:
+            if not (error.is_too_large and turn.history):
+                raise
+            metrics.GROQ_RETRIES.inc()
+            turn = turn.with_newest(len(turn.history) // 2)
+            await self._ask_once(turn, reply)
+        return turn
+
+    async def _ask_once(self, turn: Turn, reply: Reply) -> None:
         reply.prompt_tokens = self._system_tokens + _total(turn.counts)
-        ask = self._groq.complete if reply.stream_type == "json" else self._groq.stream
-        await ask([*self._system, *turn.messages], reply)
+        await self._upstream.ask([*self._system, *turn.messages], reply)
 
     async def _store(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
         """Store the exchange before the caller learns of the end: the next request may need it."""
         is_stopped = outcome == "cancelled" and reply.was_stopped and reply.has_tokens
         if turn and turn.conversation and (outcome == "completed" or is_stopped):
-            exchange = Exchange((*turn.new, Message("assistant", reply.text)), turn.preceding)
+            exchange = Exchange((*turn.new, Message("assistant", reply.text)), len(turn.history))
             await self._history.append(turn.conversation, exchange)
         if reply.is_accepted:
             _count_tokens(reply)
@@ -147,7 +202,9 @@ class ChatService:
     def _settle(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
         """Count and learn, off the caller's path."""
         _count_reply(reply, outcome)
-        if turn and outcome == "completed" and reply.usage:
+        # Another model's counts are not this one's.
+        is_ours = reply.model == self._settings.model
+        if turn and outcome == "completed" and reply.usage and is_ours:
             self._learn(turn, reply, reply.usage)
 
     def _learn(self, turn: Turn, reply: Reply, usage: Usage) -> None:

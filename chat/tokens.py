@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from chat import metrics
-from chat.cache import RedisCache
+from chat.link import RedisLink
 from chat.messages import Message
 
-CACHE_TTL = 86_400
+TTL = 86_400
 """Seconds that a count stays in Redis."""
 REMEMBERED = 50_000
 """Counts kept in the process: some 10 MB."""
@@ -35,17 +35,17 @@ class Count:
 class TokenCounts:
     """The counts of one model's messages."""
 
-    def __init__(self, model: str, cache: RedisCache | None) -> None:
+    def __init__(self, model: str, link: RedisLink | None) -> None:
         self._model = model
-        self._cache = cache
+        self._link = link
         self._known: OrderedDict[str, int] = OrderedDict()
 
     async def count(self, messages: Sequence[Message]) -> list[Count]:
         """Return the count of each message: learned here or by another replica, else estimated."""
         keys = [self._key(message) for message in messages]
         missing = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if missing and self._cache:
-            cached = await self._cache.get(missing)
+        if missing and self._link:
+            cached = await self._shared(missing)
             for key, message in zip(keys, messages, strict=True):
                 if key in cached:
                     self._remember(key, message, cached[key])
@@ -90,8 +90,14 @@ class TokenCounts:
             for message, tokens in reported
             if self._remember(key := self._key(message), message, tokens)
         }
-        if learned and self._cache:
-            self._cache.set(learned)
+        if learned and self._link:
+            self._link.tell([("SET", key, tokens, "EX", TTL) for key, tokens in learned.items()])
+
+    async def _shared(self, keys: list[str]) -> dict[str, int]:
+        assert self._link  # noqa: S101
+        values = await self._link.ask([("GET", key) for key in keys]) or [None] * len(keys)
+        pairs = zip(keys, values, strict=True)
+        return {key: int(value) for key, value in pairs if value and value.isdigit()}
 
     def _key(self, message: Message) -> str:
         text = "\0".join((self._model, message.role, message.content))

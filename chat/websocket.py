@@ -8,10 +8,18 @@ from functools import partial
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from chat.errors import BadRequest, BinaryMessage, BodyTooLarge, ChatError, InternalError
+from chat.errors import (
+    BadRequest,
+    BinaryMessage,
+    BodyTooLarge,
+    CallerIdle,
+    ChatError,
+    InternalError,
+)
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
+from chat.limits import RateLimiter
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import TEXTS, record_message, server_send
+from chat.middleware import TEXTS, client_of, record_message, server_send
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -28,16 +36,26 @@ class ChatSocket:
     Args:
         websocket: the connection, not yet accepted.
         reply_to: begins the reply to a request.
+        limiter: counts the requests, if they are limited.
         max_bytes: how large a message may be.
+        idle_timeout: seconds without a message after which the connection is closed.
     """
 
     def __init__(
-        self, websocket: WebSocket, reply_to: Callable[[SocketRequest], Reply], *, max_bytes: int
+        self,
+        websocket: WebSocket,
+        reply_to: Callable[[SocketRequest], Reply],
+        limiter: RateLimiter | None,
+        *,
+        max_bytes: int,
+        idle_timeout: float,
     ) -> None:
         self._websocket = websocket
         self._send = server_send(websocket.scope, websocket.send)
         self._reply_to = reply_to
+        self._limiter = limiter
         self._max_bytes = max_bytes
+        self._idle_timeout = idle_timeout
         self._reply: Reply | None = None
         self._relaying: asyncio.Task[None] | None = None
 
@@ -45,10 +63,12 @@ class ChatSocket:
         """Answer messages until either side closes the connection."""
         await self._websocket.accept()
         try:
-            while (message := await self._websocket.receive())["type"] == "websocket.receive":
+            while (message := await self._next_message())["type"] == "websocket.receive":
                 await self._answer(message)
         except WebSocketDisconnect:
             pass
+        except CallerIdle as error:
+            await self._fail(error)
         except Exception:
             logger.exception("a WebSocket failed by a fault of ours")
             await self._fail(InternalError())
@@ -58,13 +78,22 @@ class ChatSocket:
             if self._relaying:
                 await self._relaying
 
+    async def _next_message(self) -> Message:
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_timeout):
+                    return await self._websocket.receive()
+            except TimeoutError:
+                if not self._is_replying:
+                    raise CallerIdle(self._idle_timeout) from None
+
     async def _answer(self, message: Message) -> None:
         try:
             request = self._parse(message)
             if request.cancel:
                 self._stop()
             else:
-                self._begin(request)
+                await self._begin(request)
         except ChatError as error:
             record_message(self._websocket.scope, error.status, error.log_fields)
             if error.close_code is not None and self._reply:
@@ -85,9 +114,16 @@ class ChatSocket:
         if self._reply:
             self._reply.stop()
 
-    def _begin(self, request: SocketRequest) -> None:
-        if self._relaying and not self._relaying.done():
+    @property
+    def _is_replying(self) -> bool:
+        return self._relaying is not None and not self._relaying.done()
+
+    async def _begin(self, request: SocketRequest) -> None:
+        if self._is_replying:
             raise BadRequest("a reply is still running on this socket; wait for it, or cancel it")
+        if self._limiter:
+            allowance = await self._limiter.take(client_of(self._websocket.scope))
+            allowance.check()
         self._reply = self._reply_to(request)
         self._relaying = asyncio.create_task(self._relay(self._reply))
 

@@ -85,7 +85,10 @@ class FakeGroq:
         self.default = default or Script()
         self.requests: list[Request] = []
         self._port = port
-        self._scripts: list[tuple[str, Script]] = []
+        self.models: list[str] | None = None
+        """What `GET /models` lists; None: this server has no such path."""
+        self.models_status = 200
+        self._scripts: list[tuple[str, list[Script]]] = []
         self._changed = threading.Condition()
         self._released = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -109,14 +112,18 @@ class FakeGroq:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/openai/v1"
 
-    def on(self, text: str, script: Script) -> None:
-        """Follow the script when the last message of a request contains the text."""
-        self._scripts.insert(0, (text, script))
+    def on(self, text: str, *scripts: Script) -> None:
+        """
+        Follow the script when the last message of a request contains the text; of several
+        scripts, one after another, and the last one for all further requests.
+        """
+        self._scripts.insert(0, (text, list(scripts)))
 
     def reset(self) -> None:
         """Forget the scripts and the requests."""
         self._scripts.clear()
         self.requests.clear()
+        self.models, self.models_status = None, 200
         self._loop.call_soon_threadsafe(self._released.clear)
 
     def release(self) -> None:
@@ -139,8 +146,8 @@ class FakeGroq:
 
     def script_for(self, request: Request) -> Script:
         last = request.contents[-1]
-        found = (script for text, script in self._scripts if text in last)
-        script = next(found, self.default)
+        scripts = next((each for text, each in self._scripts if text in last), [self.default])
+        script = scripts.pop(0) if len(scripts) > 1 else scripts[0]
         if script.tokens is None:
             words = last.split(" ")
             echo = ["You", " said", ":", *(f" {word}" for word in words)]
@@ -197,14 +204,16 @@ class _Connection(asyncio.Protocol):
         self._received += data
         head, end, rest = self._received.partition(b"\r\n\r\n")
         if not end:
-            return
+            return None
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, _, value in (x.partition(": ") for x in lines)}
         length = int(headers.get("content-length", "0"))
         if len(rest) < length:
-            return
+            return None
         self._received = rest[length:]
         method, path, _ = first.split(" ")
+        if path.endswith("/models"):
+            return self._list_models()
         body = json.loads(rest[:length]) if length else None
         request = Request(method, path, headers, body, time.monotonic(), self._number)
         self._request = request
@@ -213,6 +222,12 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def _list_models(self) -> None:
+        models = self._groq.models
+        status = 404 if models is None else self._groq.models_status
+        body = json.dumps({"object": "list", "data": [{"id": each} for each in models or ()]})
+        self._write_whole(Script(status=status), body.encode())
 
     async def _answer(self, request: Request) -> None:
         script = self._groq.script_for(request)

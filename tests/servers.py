@@ -125,6 +125,8 @@ class Service:
             "GROQ_API_KEY": KEY,
             "PORT": self.port,
             "REDIS_ADDR": "",
+            "GROQ_MAX_RETRIES": 0,  # the tests that are about them say so
+            "GROQ_CIRCUIT_FAILURES": 1000,
             **settings,
         }
 

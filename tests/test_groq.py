@@ -212,7 +212,10 @@ def test_an_error_of_groqs_is_a_502_without_its_text(
     service: Service, groq: FakeGroq, conversation: str, transport: str, status: int
 ) -> None:
     groq.on("question", Script(status=status))
-    expected = (502, f"the language model service answered with status {status}")
+    what = f"answered with status {status}"
+    if status in (401, 404):  # nothing for a caller to know
+        what = "cannot be used at the moment"
+    expected = (502, f"the language model service {what}")
     assert outcome_of(service, transport, "question", conversation) == expected
     assert service.contents(conversation) == []
     assert "org_secret" not in service.process.output
@@ -269,7 +272,7 @@ def test_a_silent_groq_is_given_up(
     silence: Script,
     conversation: str,
 ) -> None:
-    service = start_service(GROQ_TIMEOUT=0.4)
+    service = start_service(GROQ_TIMEOUT=0.4, GROQ_FIRST_EVENT_TIMEOUT=0.4)
     groq.on("question", silence)
     first, message = outcome_of(service, transport, "question", conversation)
     assert message == "the language model service did not answer in time"
@@ -301,7 +304,7 @@ def test_a_server_that_does_not_take_the_connection_is_a_504(start_service: Star
 def test_a_reply_that_goes_on_outlives_the_limit_between_two_tokens(
     start_service: StartService, groq: FakeGroq
 ) -> None:
-    service = start_service(GROQ_TIMEOUT=0.4)
+    service = start_service(GROQ_TIMEOUT=0.4, GROQ_FIRST_EVENT_TIMEOUT=0.4)
     groq.on("question", Script(["t"] * 12, interval=0.1))
     assert service.tokens("question") == ["t"] * 12
 

@@ -206,12 +206,15 @@ def test_a_sane_request_id_of_the_callers_is_kept_and_another_is_not(service: Se
         assert len(id_for(mad)) == 32
 
 
+READY = {"status": "ready", "redis": "off", "models": {"openai/gpt-oss-20b": "unknown"}}
+
+
 def test_health_and_ready_answer(service: Service) -> None:
     health = service.http.get("/health")
     assert (health.status_code, health.text) == (200, "OK")
     assert health.headers["content-type"].startswith("text/plain")
     ready = service.http.get("/ready")
-    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "redis": "off"})
+    assert (ready.status_code, ready.json()) == (200, READY)
 
 
 def test_a_conversation_can_be_read_and_forgotten(service: Service, conversation: str) -> None:

@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from chat.config import load_settings
 from chat.messages import SocketRequest
 from chat.middleware import RequestMiddleware
 from chat.reply import Reply
@@ -41,7 +42,7 @@ def fail_to_reply(request: SocketRequest) -> Reply:
 
 
 async def fail_on_socket(websocket: WebSocket) -> None:
-    await ChatSocket(websocket, fail_to_reply, max_bytes=1000).serve()
+    await ChatSocket(websocket, fail_to_reply, None, max_bytes=1000, idle_timeout=9).serve()
 
 
 @contextmanager
@@ -63,7 +64,9 @@ def address() -> Iterator[str]:
         Route("/fail-late", fail_late),
         WebSocketRoute("/fail", fail_on_socket),
     ]
-    with running(Starlette(routes=routes, middleware=[Middleware(RequestMiddleware)])) as found:
+    settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
+    layers = [Middleware(RequestMiddleware, settings=settings)]
+    with running(Starlette(routes=routes, middleware=layers)) as found:
         yield found
 
 

@@ -72,33 +72,51 @@ def test_a_caller_who_accepts_a_stream_is_answered_as_described(
     case.call_and_validate(base_url=service.url, headers={"Accept": "text/event-stream"})
 
 
-CHATS = [
-    (200, Script(), {"stream": False}),
-    (200, Script(), {"stream": True}),
-    (200, Script(error_before_token=1), {"stream": True}),
-    (400, Script(), {"messages": []}),
-    (413, Script(), {"ignored": "x" * (256 << 10)}),
-    (502, Script(status=500), {}),
-    (502, Script(status=429, headers=(("retry-after", "7"),)), {}),
-    (504, Script(hold_before_status=True), {}),
+GOOD = Script()
+BAD = Script(status=500)
+LIMITED = Script(status=429, headers=(("retry-after", "7"),))
+SILENT = Script(hold_before_status=True)
+CHATS: list[tuple[list[int], Script, dict[str, Any], dict[str, Any]]] = [
+    ([200], GOOD, {"stream": False}, {}),
+    ([200], GOOD, {"stream": True}, {}),
+    ([200], Script(error_before_token=1), {"stream": True}, {}),
+    ([400], GOOD, {"messages": []}, {}),
+    ([413], GOOD, {"ignored": "x" * (256 << 10)}, {}),
+    ([200, 429], GOOD, {}, {"RATE_LIMIT": "1/day"}),
+    ([502], BAD, {}, {}),
+    ([502], LIMITED, {}, {}),
+    ([502, 503], BAD, {}, {"GROQ_CIRCUIT_FAILURES": 1}),
+    ([504], SILENT, {}, {"GROQ_TIMEOUT": 0.5}),
 ]
 
 
-@pytest.mark.parametrize(("status", "script", "fields"), CHATS)
+@pytest.mark.parametrize(("statuses", "script", "fields", "settings"), CHATS)
 def test_each_outcome_of_a_chat_is_as_described(
-    groq: FakeGroq, start_service: StartService, status: int, script: Script, fields: dict[str, Any]
+    groq: FakeGroq,
+    start_service: StartService,
+    statuses: list[int],
+    script: Script,
+    fields: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     groq.on("scripted", script)
-    one = start_service(GROQ_TIMEOUT=0.5)
+    one = start_service(**settings)
     asked = schema["/chat"]["POST"].Case(body={**body("scripted"), **fields})
-    answer = asked.call_and_validate(base_url=one.url, excluded_checks=[not_a_server_error])
-    assert answer.status_code == status
+    for status in statuses:
+        answer = asked.call_and_validate(base_url=one.url, excluded_checks=[not_a_server_error])
+        assert answer.status_code == status
+
+
+def test_a_page_of_another_origin_is_answered_as_described(service: Service) -> None:
+    asked = schema["/chat"]["POST"].Case(body=body("hello"))
+    headers = {"origin": "https://elsewhere.example"}
+    assert asked.call_and_validate(base_url=service.url, headers=headers).status_code == 403
 
 
 def test_each_described_outcome_of_a_chat_is_tried() -> None:
     described = set(DESCRIPTION["paths"]["/chat"]["post"]["responses"])
-    tried = {str(status) for status, _, _ in CHATS}
-    assert described - tried == {"500"}, "only a fault of ours cannot be ordered"
+    tried = {str(status) for statuses, _, _, _ in CHATS for status in statuses}
+    assert described - tried == {"403", "408", "500"}, "those three are not for a list"
 
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 200), ("DELETE", 204), ("GET", 404)])

@@ -28,7 +28,9 @@ def shown(default: object) -> str:
         return "required"
     if isinstance(default, bool):
         return str(default).lower()
-    return f"{default:.10g}" if isinstance(default, float) else str(default) or "empty"
+    if default in (None, (), ""):
+        return "empty"
+    return f"{default:.10g}" if isinstance(default, float) else str(default)
 
 
 def test_every_route_is_in_the_table() -> None:

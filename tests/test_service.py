@@ -9,18 +9,18 @@ import pytest
 
 from chat.config import load_settings
 from chat.errors import GroqFailed, InternalError
-from chat.groq import Groq
 from chat.history import SHARED, MemoryHistory
 from chat.messages import ChatRequest, Message
 from chat.reply import Reply
 from chat.service import ChatService
 from chat.tokens import TokenCounts
+from chat.upstream import Upstream
 
 
 class BrokenGroq:
     """Fails by a fault of ours."""
 
-    async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
         reply.accept()
         reply.add(["half"])
         raise ZeroDivisionError
@@ -29,7 +29,7 @@ class BrokenGroq:
 class EndlessGroq:
     """Never ends."""
 
-    async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
         reply.accept()
         await asyncio.Event().wait()
 
@@ -37,7 +37,7 @@ class EndlessGroq:
 class FailingGroq:
     """Fails while its caller cancels."""
 
-    async def stream(self, messages: Sequence[Message], reply: Reply) -> None:
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
         reply.accept()
         reply.add(["half"])
         await asyncio.sleep(0)
@@ -45,11 +45,12 @@ class FailingGroq:
         raise GroqFailed
 
 
-def service_with(groq: object) -> tuple[ChatService, MemoryHistory]:
+def service_with(upstream: object) -> tuple[ChatService, MemoryHistory]:
     settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
     history = MemoryHistory(max_exchanges=2, max_conversations=2, max_bytes=1000, ttl=60)
     counts = TokenCounts("a-model", None)
-    return ChatService(settings, history=history, counts=counts, groq=cast(Groq, groq)), history
+    upstream = cast(Upstream, upstream)
+    return ChatService(settings, history=history, counts=counts, upstream=upstream), history
 
 
 async def ignore(tokens: list[str]) -> None:
@@ -65,7 +66,7 @@ def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
 ) -> None:
     async def scenario() -> tuple[Reply, object]:
         service, history = service_with(BrokenGroq())
-        reply = service.reply_to(question(), "sse")
+        reply = service.reply_to(question(), "sse", "127.0.0.1")
         await reply.relay(ignore)
         return reply, await history.read(SHARED)
 
@@ -79,7 +80,7 @@ def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
 def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
     async def scenario() -> tuple[Reply, object]:
         service, history = service_with(FailingGroq())
-        reply = service.reply_to(question(), "websocket")
+        reply = service.reply_to(question(), "websocket", "127.0.0.1")
         await reply.relay(ignore)
         return reply, await history.read(SHARED)
 
@@ -90,7 +91,7 @@ def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
 def test_the_end_of_the_service_ends_its_replies() -> None:
     async def scenario() -> Reply:
         service, _ = service_with(EndlessGroq())
-        reply = service.reply_to(question(), "sse")
+        reply = service.reply_to(question(), "sse", "127.0.0.1")
         assert await reply.wait_accepted(5)
         await service.aclose()
         return reply

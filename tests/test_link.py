@@ -11,6 +11,8 @@ from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import RedisServer, Service, free_port, wait_until
 
+READY = {"status": "ready", "models": {"openai/gpt-oss-20b": "unknown"}}
+
 
 def stored(server: RedisServer) -> dict[str, int]:
     with redis.Redis(port=server.port, decode_responses=True) as client:
@@ -54,8 +56,8 @@ def test_redis_with_a_password(start_service: StartService, groq: FakeGroq) -> N
         right = start_service(REDIS_ADDR=server.address, REDIS_PASSWORD="open sesame")
         wrong = start_service(REDIS_ADDR=server.address, REDIS_PASSWORD="sesame")
         assert (is_up(right), is_up(wrong)) == (True, False)
-        assert right.http.get("/ready").json() == {"status": "ready", "redis": "up"}
-        assert wrong.http.get("/ready").json() == {"status": "ready", "redis": "down"}
+        assert right.http.get("/ready").json() == {**READY, "redis": "up"}
+        assert wrong.http.get("/ready").json() == {**READY, "redis": "down"}
         assert wrong.reply("hello") == "You said: hello"
         assert "sesame" not in wrong.process.output + right.process.output
 

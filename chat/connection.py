@@ -1,0 +1,47 @@
+"""The caller's end of a connection: it is cut when it takes nothing for too long."""
+
+from starlette.types import Message, Send
+
+from chat.watchdog import Watchdog
+
+
+class CallerConnection:
+    """
+    The server's `send`, watched: it waits without limit for a caller who does not read.
+
+    Args:
+        send: the server's own.
+        limit: seconds that one message may wait.
+    """
+
+    def __init__(self, send: Send, limit: float) -> None:
+        self._send = send
+        self._limit = limit
+        self._is_sending = False
+        self._sent = 0
+
+    async def send(self, message: Message) -> None:
+        self._is_sending = True
+        try:
+            await self._send(message)
+        finally:
+            self._is_sending = False
+            self._sent += 1
+
+    def watch(self) -> Watchdog:
+        """Cut the connection when a message waits too long."""
+        return Watchdog(
+            self._limit,
+            progress=lambda: self._sent if self._is_sending else object(),
+            on_silence=self.abort,
+        )
+
+    def abort(self) -> None:
+        """
+        Close the connection without waiting for what the caller has not read.
+
+        ASGI has no word for it, so uvicorn's transport is asked, which its `send` belongs to.
+        """
+        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        if transport:
+            transport.abort()

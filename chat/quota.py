@@ -1,0 +1,87 @@
+"""
+What is left of a model's quota, as Groq's headers tell it.
+
+https://console.groq.com/docs/rate-limits: requests count per day, tokens per minute; both fill up
+again steadily, and `reset` says how long until they are full.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h|d))+")
+DURATION_PART = re.compile(r"([\d.]+)(ms|s|m|h|d)")
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a duration such as `2m59.56s` or `547ms`; None where it is none."""
+    if DURATION.fullmatch(text) is None:
+        return None
+    return sum(float(number) * SECONDS[unit] for number, unit in DURATION_PART.findall(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How full the quota of one kind was, and in how many seconds it will be full again."""
+
+    limit: float | None
+    remaining: float
+    reset: float
+    noted_at: float
+
+    def wait_for(self, amount: float, reserved: float, now: float) -> float:
+        """Return the seconds until `amount` is there, beside what is `reserved` for others."""
+        missing = amount + reserved - self.remaining
+        if missing <= 0 or (self.limit is not None and amount > self.limit):
+            return 0.0  # what will never fit is for Groq to refuse
+        share = 1.0
+        if self.limit is not None and self.limit > self.remaining:
+            share = min(1.0, missing / (self.limit - self.remaining))
+        return max(0.0, self.noted_at + share * self.reset - now)
+
+
+class Quota:
+    """The requests and tokens that one model's quota has left; endless until Groq tells."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._levels: dict[str, Level] = {}
+        self._reserved = {"requests": 0, "tokens": 0}
+
+    def wait_for(self, tokens: int) -> float:
+        """Return the seconds until a request of so many tokens will not be refused."""
+        now, amounts = self._clock(), {"requests": 1, "tokens": tokens}
+        return max(
+            (
+                level.wait_for(amounts[kind], self._reserved[kind], now)
+                for kind, level in self._levels.items()
+            ),
+            default=0.0,
+        )
+
+    @contextmanager
+    def reserve(self, tokens: int) -> Iterator[None]:
+        """Set something aside for a request until Groq has answered it, and so counted it."""
+        self._reserved["requests"] += 1
+        self._reserved["tokens"] += tokens
+        try:
+            yield
+        finally:
+            self._reserved["requests"] -= 1
+            self._reserved["tokens"] -= tokens
+
+    def note(self, headers: Mapping[str, str]) -> None:
+        """Take what the headers of an answer tell."""
+        for kind in self._reserved:
+            remaining = _number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
+            reset = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
+            if remaining is not None and reset is not None:
+                limit = _number(headers.get(f"x-ratelimit-limit-{kind}", ""))
+                self._levels[kind] = Level(limit, remaining, reset, self._clock())
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text) else None

@@ -1,0 +1,141 @@
+"""
+Groq, asked with patience: retries, a circuit breaker for each model, quotas, and the fallback.
+
+Whatever is tried, is tried before the first token; after it, an error ends the reply.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from math import ceil
+
+from chat import metrics
+from chat.breaker import CircuitBreaker
+from chat.config import Settings
+from chat.errors import GroqError, GroqQuotaUsedUp, GroqRefused
+from chat.groq import Groq, ModelState
+from chat.messages import Message
+from chat.reply import Reply
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF = 0.5
+"""Seconds at most before the first retry; twice as many before each further one."""
+LONGEST_WAIT = 10.0
+"""Seconds that are waited at Groq's wish; a caller who has to wait longer is told so."""
+QUOTA_INTERVAL = 1.0
+"""Seconds after which a wait for the quota is reckoned anew: others' answers change it."""
+CHECK_INTERVAL = 600.0
+"""Seconds between two looks at whether the models are still there."""
+REFUSALS = {
+    401: "Groq refuses the key: check GROQ_API_KEY",
+    403: "Groq refuses the key: check what GROQ_API_KEY may do",
+    404: "Groq does not know the model: check MODEL, FALLBACK_MODEL and GROQ_BASE_URL",
+}
+CHECKS: dict[ModelState, str] = {"refused": REFUSALS[401], "missing": REFUSALS[404]}
+
+
+class Upstream:
+    """
+    The models that replies are asked from, in the order of preference.
+
+    Attributes:
+        model_states: what the last check found, by the models' names.
+    """
+
+    def __init__(self, models: Sequence[Groq], settings: Settings) -> None:
+        self._max_retries = settings.groq_max_retries
+        self._max_tokens = settings.max_tokens
+        self._models = models
+        self._breakers = {
+            each.model: CircuitBreaker(each.model, settings.groq_circuit_failures)
+            for each in models
+        }
+        self.model_states: dict[str, ModelState] = {each.model: "unknown" for each in models}
+
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
+        """
+        Have `reply` written by a model, asking again where that may help.
+
+        Raises:
+            GroqError: there is no reply, or it broke off; what came until then is in `reply`.
+        """
+        models = iter(self._models)
+        model, retries = next(models), 0
+        while True:
+            try:
+                return await self._attempt(model, messages, reply)
+            except GroqError as error:
+                _explain(error, model)
+                if reply.has_tokens:
+                    raise
+                fallback = next(models, None) if error.is_of_model else None
+                if fallback is None:
+                    if retries == self._max_retries:
+                        raise
+                    delay = _delay(error, retries)
+            if fallback is not None:
+                _note_fallback(fallback)
+                model = fallback
+                continue
+            await asyncio.sleep(delay)
+            metrics.GROQ_RETRIES.inc()
+            retries += 1
+
+    async def check_forever(self) -> None:
+        """Look now and then whether Groq knows the key and the models, until cancelled."""
+        while True:
+            for each in self._models:
+                self._note(each.model, await each.look_up())
+            await asyncio.sleep(CHECK_INTERVAL)
+
+    async def _attempt(self, model: Groq, messages: Sequence[Message], reply: Reply) -> None:
+        reply.model = model.model
+        await self._wait_for_quota(model, reply)
+        breaker = self._breakers[model.model]
+        with breaker.request():
+            ask = model.complete if reply.stream_type == "json" else model.stream
+            await ask(messages, reply, breaker.succeed)
+
+    async def _wait_for_quota(self, model: Groq, reply: Reply) -> None:
+        tokens = (reply.prompt_tokens or 0) + self._max_tokens
+        left = LONGEST_WAIT
+        while wait := model.quota.wait_for(tokens):
+            if wait > left:
+                raise GroqQuotaUsedUp(ceil(wait))
+            pause = min(wait, QUOTA_INTERVAL)
+            await asyncio.sleep(pause)
+            left -= pause
+
+    def _note(self, model: str, state: ModelState) -> None:
+        if state == self.model_states[model]:
+            return
+        self.model_states[model] = state
+        fields = {"model": model}
+        if state in CHECKS:
+            logger.error(CHECKS[state], extra={"fields": fields})
+        elif state == "available":
+            logger.info("Groq knows the key and the model", extra={"fields": fields})
+        if state != "unknown":
+            metrics.GROQ_MODEL_AVAILABLE.labels(model).set(state == "available")
+
+
+def _delay(error: GroqError, retries: int) -> float:
+    """Return the seconds to wait before another try; raise the error where it makes no sense."""
+    wished = error.retry_after or 0
+    if not error.is_temporary or wished > LONGEST_WAIT:
+        raise error
+    return max(wished, random.uniform(0, FIRST_BACKOFF * 2**retries))  # noqa: S311
+
+
+def _explain(error: GroqError, model: Groq) -> None:
+    """Tell the operator what only an operator can mend."""
+    if isinstance(error, GroqRefused) and error.upstream_status in REFUSALS:
+        explanation = REFUSALS[error.upstream_status]
+        logger.error(explanation, extra={"fields": {"model": model.model}})
+
+
+def _note_fallback(fallback: Groq) -> None:
+    metrics.GROQ_FALLBACKS.inc()
+    logger.warning("the fallback model is asked", extra={"fields": {"model": fallback.model}})

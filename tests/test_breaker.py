@@ -1,0 +1,112 @@
+"""The circuit breaker: when it opens, whom it lets through, and when it closes again."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from chat.breaker import FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker, State
+from chat.errors import GroqDown, GroqError, GroqRefused, GroqUnreachable
+
+names = (f"a-model-{number}" for number in count())
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> Iterator[CircuitBreaker]:
+    yield CircuitBreaker(next(names), 3, clock=clock)
+
+
+def fail(breaker: CircuitBreaker, error: GroqError | None = None) -> None:
+    with pytest.raises(GroqError), breaker.request():
+        raise error or GroqUnreachable()
+
+
+def open_it(breaker: CircuitBreaker) -> None:
+    for _ in range(3):
+        fail(breaker)
+
+
+def test_a_run_of_failures_opens_it(breaker: CircuitBreaker) -> None:
+    open_it(breaker)
+    assert breaker.state is State.OPEN
+    with pytest.raises(GroqDown) as refused, breaker.request():
+        pytest.fail("let through")
+    assert refused.value.retry_after == 1
+    assert refused.value.status == 503
+
+
+def test_an_answer_ends_a_run(breaker: CircuitBreaker) -> None:
+    for _ in range(5):
+        fail(breaker)
+        fail(breaker)
+        with breaker.request():
+            breaker.succeed()
+    assert breaker.state is State.CLOSED
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 429])
+def test_a_refusal_is_no_failure(breaker: CircuitBreaker, status: int) -> None:
+    for _ in range(10):
+        fail(breaker, GroqRefused(status, None))
+    assert breaker.state is State.CLOSED
+
+
+def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+    open_it(breaker)
+    clock.now += FIRST_PAUSE
+    with breaker.request():
+        assert breaker.state is State.HALF_OPEN
+        with pytest.raises(GroqDown), breaker.request():
+            pytest.fail("let through beside the probe")
+        breaker.succeed()
+        with breaker.request():
+            assert breaker.state is State.CLOSED
+
+
+def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    open_it(breaker)
+    pause = FIRST_PAUSE
+    for _ in range(8):
+        clock.now += pause - 0.01
+        with pytest.raises(GroqDown), breaker.request():
+            pytest.fail("let through too early")
+        clock.now += 0.01
+        fail(breaker)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    assert pause == LONGEST_PAUSE
+
+
+def test_a_probe_whose_caller_leaves_makes_room_for_the_next(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    open_it(breaker)
+    clock.now += FIRST_PAUSE
+    with pytest.raises(KeyboardInterrupt), breaker.request():
+        raise KeyboardInterrupt
+    assert breaker.state is State.OPEN
+    with breaker.request():
+        assert breaker.state is State.HALF_OPEN
+
+
+def test_what_fails_late_does_not_put_off_the_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+    with pytest.raises(GroqError), breaker.request():
+        open_it(breaker)
+        clock.now += FIRST_PAUSE / 2
+        raise GroqUnreachable
+    clock.now += FIRST_PAUSE / 2
+    with breaker.request():
+        assert breaker.state is State.HALF_OPEN
