@@ -23,10 +23,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from chat import logs, metrics
-from chat.batching import BatchingProtocol
 from chat.config import Settings, SettingsError, load_settings
 from chat.errors import ChatError
 from chat.groq import open_groq
@@ -47,6 +47,7 @@ from chat.link import open_link
 from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
+from chat.protocols import BatchingProtocol, TimedProtocol
 from chat.service import ChatService
 from chat.tokens import TokenCounts
 from chat.upstream import Upstream
@@ -190,9 +191,17 @@ async def metrics_server(app: Starlette) -> AsyncIterator[None]:
     port = app.state.settings.metrics_port
     config = uvicorn.Config(side, HOST, port, log_config=None, lifespan="off", access_log=False)
     server = SideServer(config)
-    async with running(server.serve()):
+    async with running(server.serve(sockets=[config.bind_socket()])):
         yield
         server.should_exit = True
+
+
+class ChatApp(Starlette):
+    """Starlette, with the server's own `send` kept for those who stream (`chat.connection`)."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["chat.server_send"] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -202,7 +211,7 @@ def create_app(settings: Settings) -> Starlette:
     ]
     if settings.allowed_origins:
         layers.append(Middleware(CORSMiddleware, allow_origins=settings.allowed_origins, **CORS))
-    app = Starlette(
+    app = ChatApp(
         routes=[each for each in ROUTES if not (settings.metrics_port and each is METRICS)],
         lifespan=lifespan,
         middleware=layers,
@@ -239,6 +248,7 @@ def main() -> None:
         log_config=None,
         proxy_headers=False,  # TRUSTED_PROXIES says whom to believe
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        http=TimedProtocol,
         ws=BatchingProtocol,
         ws_max_size=4 * settings.max_body_bytes,  # up to there, an error goes before the close
         ws_per_message_deflate=False,  # a token is too short to gain by it

@@ -98,7 +98,7 @@ class Rate:
         return UNITS[self.unit]
 
     def __str__(self) -> str:
-        return f"{self.limit} requests a {self.unit}"
+        return f"{self.limit} requests per {self.unit}"
 
 
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}

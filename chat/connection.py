@@ -10,12 +10,14 @@ class CallerConnection:
     The server's `send`, watched: it waits without limit for a caller who does not read.
 
     Args:
-        send: the server's own.
+        send: what the beginning of an answer goes through, for those who look at it.
+        server_send: the server's own, for all that follows: each layer costs a coroutine a message.
         limit: seconds that one message may wait.
     """
 
-    def __init__(self, send: Send, limit: float) -> None:
+    def __init__(self, send: Send, server_send: Send, limit: float) -> None:
         self._send = send
+        self._server_send = server_send
         self._limit = limit
         self._is_sending = False
         self._sent = 0
@@ -27,6 +29,7 @@ class CallerConnection:
         finally:
             self._is_sending = False
             self._sent += 1
+            self._send = self._server_send
 
     def watch(self) -> Watchdog:
         """Cut the connection when a message waits too long."""
@@ -42,6 +45,6 @@ class CallerConnection:
 
         ASGI has no word for it, so uvicorn's transport is asked, which its `send` belongs to.
         """
-        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        transport = getattr(getattr(self._server_send, "__self__", None), "transport", None)
         if transport:
             transport.abort()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 STARTS = frozenset(("http.response.start", "websocket.http.response.start", "websocket.accept"))
 """The messages that begin an answer, and bear its headers."""
 TEXTS = "chat.websocket.texts"
-"""An extension of ASGI, where the server has it: many text messages in one (`chat.batching`)."""
+"""An extension of ASGI, where the server has it: many text messages in one (`chat.protocols`)."""
 UNMATCHED = "unmatched"
 """The endpoint of what has no route of its own."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -61,7 +61,8 @@ class RequestMiddleware:
         request_id = _request_id(scope)
         token = logs.request_id.set(request_id)
         self._find_client(scope)
-        connection = CallerConnection(send, self._settings.send_timeout)
+        server_send = scope.get("chat.server_send", send)
+        connection = CallerConnection(send, server_send, self._settings.send_timeout)
         scope["chat.send"] = connection.send
         started_at = time.perf_counter()
         status = CallerLeft.status  # until an answer begins

@@ -20,6 +20,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from tests.servers import keep_secret
+
 
 @dataclass(frozen=True)
 class Script:
@@ -216,6 +218,7 @@ class _Connection(asyncio.Protocol):
             return self._list_models()
         body = json.loads(rest[:length]) if length else None
         request = Request(method, path, headers, body, time.monotonic(), self._number)
+        keep_secret(*request.contents)
         self._request = request
         self._groq.note(lambda: self._groq.requests.append(request))
         self._answering = asyncio.get_running_loop().create_task(self._answer(request))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +117,17 @@ class Process:
                 self._changed.notify_all()
 
 
+SECRETS: set[str] = {KEY}
+"""What no service may ever log: the key, and whatever conversations and messages tests send."""
+SHORTEST_SECRET = 8
+"""Shorter words stand in harmless lines too."""
+
+
+def keep_secret(*texts: str) -> None:
+    """Have every service's log searched for the texts, at its end."""
+    SECRETS.update(text[:40] for text in texts if len(text) >= SHORTEST_SECRET)
+
+
 class Service:
     """The service as a process of its own, on a free port; settings are variables' names."""
 
@@ -143,6 +156,8 @@ class Service:
     def __exit__(self, *exc_info: object) -> None:
         self.http.close()
         self.process.end()
+        leaked = [secret for secret in SECRETS if secret in self.process.output]
+        assert not leaked, f"logged: {leaked}"
 
     def _is_up(self) -> bool:
         assert self.process.is_running, self.process.output
@@ -233,10 +248,26 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
     return {**kept, **{name: str(value) for name, value in settings.items()}}
 
 
+@contextmanager
+def running(app: Starlette, **options: Any) -> Iterator[tuple[str, int]]:
+    """Run an app in a thread of this process; give its host and port."""
+    config = uvicorn.Config(app, port=free_port(), log_level="critical", **options)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield "127.0.0.1", config.port
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def body(content: str, conversation: str | None = None, **fields: Any) -> dict[str, Any]:
     """Return the body of a request with one message."""
     if conversation:
         fields["conversation"] = conversation
+    keep_secret(content, conversation or "")
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 

@@ -17,9 +17,14 @@ def ask_over_http(service: Service, content: str, conversation: str, *, stream: 
     sent = json.dumps(body(content, conversation, stream=stream)).encode()
     connection = socket.create_connection(("127.0.0.1", service.port), 5)
     head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n"
-    head += f"X-Request-ID: of-{conversation}\r\n\r\n"
+    head += f"X-Request-ID: {request_id_for(conversation)}\r\n\r\n"
     connection.sendall(head.encode() + sent)
     return connection.close
+
+
+def request_id_for(conversation: str) -> str:
+    """Return an id for the log, where the conversation's own must not stand."""
+    return f"of-{conversation[::-1]}"
 
 
 def ask_over_websocket(
@@ -76,7 +81,8 @@ def test_a_caller_who_leaves_before_an_answer_is_one_line_in_the_log(
         leave = ask(transport, service, "question", conversation, stack)
         groq.wait_for_request("question")
         leave()
-        service.log_line(request_id=f"of-{conversation}")
-    lines = [x for x in service.log_lines() if x.get("request_id") == f"of-{conversation}"]
+        service.log_line(request_id=request_id_for(conversation))
+    request_id = request_id_for(conversation)
+    lines = [x for x in service.log_lines() if x.get("request_id") == request_id]
     shown = [(line["level"], line["status"], line["outcome"]) for line in lines]
     assert shown == [("INFO", 499, "cancelled")]

@@ -12,7 +12,7 @@ LEVELS = [
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits"],
     ["upstream", "middleware"],
-    ["service", "http", "websocket", "batching"],
+    ["service", "http", "websocket", "protocols"],
     ["origins"],
     ["server"],
 ]
@@ -21,7 +21,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 HOMES = {
     "starlette": {"config", "connection", "http", "middleware", "origins", "websocket", "server"},
-    "uvicorn": {"server", "batching"},
+    "uvicorn": {"server", "protocols"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},

@@ -1,11 +1,12 @@
 """What /metrics tells, read with Prometheus' own parser."""
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import Service, wait_until
+from tests.servers import ROOT, Process, Service, environment, free_port, wait_until
 
 NAMES = {
     "http_requests",
@@ -18,6 +19,10 @@ NAMES = {
     "chat_replies_active",
     "groq_requests",
     "groq_retries",
+    "groq_fallbacks",
+    "groq_circuit_state",
+    "groq_model_available",
+    "event_loop_tasks",
     "token_cache_lookups",
     "history_conversations",
     "redis_up",
@@ -90,3 +95,24 @@ def test_an_active_reply_and_a_cancelled_one_are_seen(fresh: Service, groq: Fake
 def test_an_odd_method_makes_no_new_label(fresh: Service) -> None:
     fresh.http.request("PROPFIND", "/chat")
     assert fresh.metric("http_requests_total", method="OTHER", status="405") == 1
+
+
+def test_metrics_may_have_a_port_of_their_own(start_service: StartService) -> None:
+    port = free_port()
+    service = start_service(METRICS_PORT=port)
+    service.chat("hello", "0123456789abcdef")
+    with httpx.Client() as client:
+        shown = client.get(f"http://127.0.0.1:{port}/metrics").text
+        assert 'chat_requests_total{stream_type="json"} 1.0' in shown
+        assert "history_conversations 1.0" in shown
+        assert client.get(f"http://127.0.0.1:{port}/chat").status_code == 404
+    assert service.http.get("/metrics").status_code == 404
+
+
+def test_a_metrics_port_that_is_taken_ends_the_start(groq: FakeGroq) -> None:
+    with Service(GROQ_BASE_URL=groq.url) as first:
+        second = Service(GROQ_BASE_URL=groq.url, METRICS_PORT=first.port)
+        process = Process(second.command, environment(second._settings), ROOT)
+        process.wait()
+        assert process.end() == 3
+        assert "Address already in use" in process.output

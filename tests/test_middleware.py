@@ -1,13 +1,10 @@
 """What surrounds every request, when what it surrounds fails; over real sockets."""
 
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -22,7 +19,7 @@ from chat.messages import SocketRequest
 from chat.middleware import RequestMiddleware
 from chat.reply import Reply
 from chat.websocket import ChatSocket
-from tests.servers import body, free_port, wait_until
+from tests.servers import body, running
 
 
 async def fail(request: Request) -> Response:
@@ -45,18 +42,6 @@ async def fail_on_socket(websocket: WebSocket) -> None:
     await ChatSocket(websocket, fail_to_reply, None, max_bytes=1000, idle_timeout=9).serve()
 
 
-@contextmanager
-def running(app: Starlette) -> Iterator[str]:
-    config = uvicorn.Config(app, port=free_port(), log_level="critical")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    yield f"127.0.0.1:{config.port}"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture
 def address() -> Iterator[str]:
     routes = [
@@ -66,8 +51,8 @@ def address() -> Iterator[str]:
     ]
     settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
     layers = [Middleware(RequestMiddleware, settings=settings)]
-    with running(Starlette(routes=routes, middleware=layers)) as found:
-        yield found
+    with running(Starlette(routes=routes, middleware=layers)) as (host, port):
+        yield f"{host}:{port}"
 
 
 def test_a_fault_of_ours_is_a_500_that_says_nothing(address: str) -> None:

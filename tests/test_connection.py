@@ -1,0 +1,212 @@
+"""Callers who are slow: in sending, in reading, in saying anything. Each holds up only itself."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import pytest
+from starlette.applications import Starlette
+from websockets.exceptions import ConnectionClosed
+
+from chat.protocols import TimedProtocol
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import Service, UvicornService, body, running, wait_until
+
+LARGE = Script(["x" * 1000] * 12_000)
+"""More than the kernel's buffers hold."""
+
+
+@contextmanager
+def connected(service: Service) -> Iterator[socket.socket]:
+    """A connection whose receive buffer is small."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", service.port))
+        yield connection
+
+
+def post(content: bytes, *, length: int | None = None) -> bytes:
+    length = len(content) if length is None else length
+    return b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (length, content)
+
+
+def asking(content: str, **fields: Any) -> bytes:
+    return post(json.dumps(body(content, **fields)).encode())
+
+
+def open_sockets(service: Service) -> int:
+    """Return how many connections of callers the service has."""
+    connections = psutil.Process(service.process.pid).net_connections("tcp")
+    return sum(x.status != "LISTEN" and x.laddr.port == service.port for x in connections)
+
+
+def test_a_body_that_does_not_arrive_is_a_408(start_service: StartService) -> None:
+    service = start_service(BODY_TIMEOUT=0.3)
+    with connected(service) as connection:
+        connection.sendall(post(b'{"messages":', length=1000))
+        answer = b""
+        while received := connection.recv(4096):
+            answer += received
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer
+    assert answer.endswith(b'{"error":"the body must arrive within 0.3 seconds"}')
+    assert service.log_line(status=408)["error"] == "too_slow"
+
+
+def test_a_body_that_trickles_in_is_a_408_too(start_service: StartService) -> None:
+    service = start_service(BODY_TIMEOUT=0.3)
+    with connected(service) as connection:
+        connection.sendall(post(b"", length=100_000))
+        connection.settimeout(0.02)
+        answer = b""
+        while b"\r\n" not in answer:
+            connection.sendall(b" ")
+            try:
+                answer += connection.recv(4096)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def closing(websocket: object) -> tuple[str, int | None]:
+    """Return the error that comes, and the code of the close behind it."""
+    from websockets.sync.client import ClientConnection
+
+    assert isinstance(websocket, ClientConnection)
+    error = json.loads(websocket.recv(5))["error"]
+    with pytest.raises(ConnectionClosed) as closed:
+        websocket.recv(5)
+    return error, closed.value.rcvd.code if closed.value.rcvd else None
+
+
+def test_an_idle_websocket_is_closed(start_service: StartService) -> None:
+    service = start_service(IDLE_TIMEOUT=0.3)
+    with service.socket() as websocket:
+        error, code = closing(websocket)
+    assert error == "no message came for 0.3 seconds; connect again to go on"
+    assert code == 1001
+
+
+def test_a_websocket_is_not_idle_while_a_reply_runs(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(IDLE_TIMEOUT=0.2)
+    groq.on("slow", Script(["a", "b", "c"], interval=0.5))
+    with service.socket() as websocket:
+        websocket.send(json.dumps(body("slow")))
+        assert [json.loads(websocket.recv(5)) for _ in range(4)][-1] == {"done": "true"}
+        assert closing(websocket)[1] == 1001
+
+
+def everything_from(connection: socket.socket) -> bytes:
+    """Return what was sent until the connection ended."""
+    received = b""
+    with suppress(ConnectionError):
+        while piece := connection.recv(1 << 20):
+            received += piece
+    return received
+
+
+Ask = Callable[[socket.socket, Service], None]
+
+
+def ask_for_events(connection: socket.socket, service: Service) -> None:
+    connection.sendall(asking("large", stream=True))
+
+
+def ask_for_json(connection: socket.socket, service: Service) -> None:
+    connection.sendall(asking("large", stream=False))
+
+
+def ask_over_websocket(connection: socket.socket, service: Service) -> None:
+    connection.sendall(
+        b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    while not connection.recv(4096).endswith(b"\r\n\r\n"):
+        pass
+    text = json.dumps(body("large")).encode()
+    connection.sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)  # masked with zeros
+
+
+ASKS = {"sse": ask_for_events, "json": ask_for_json, "websocket": ask_over_websocket}
+
+
+@pytest.mark.parametrize("command", [Service, UvicornService])
+@pytest.mark.parametrize("transport", ASKS)
+def test_a_caller_who_reads_nothing_is_cut(
+    groq: FakeGroq, transport: str, command: type[Service]
+) -> None:
+    groq.on("large", LARGE)
+    with command(GROQ_BASE_URL=groq.url, SEND_TIMEOUT=0.5) as service:
+        idle = open_sockets(service)
+        with connected(service) as connection:
+            ASKS[transport](connection, service)
+            request = groq.wait_for_request("large")
+            wait_until(lambda: service.metric("chat_replies_total", stream_type=transport) == 1, 20)
+            wait_until(lambda: open_sockets(service) <= idle)
+            received = everything_from(connection)
+        assert len(received) < 12_000_000, "what the kernel had taken by then"
+        if transport != "json":
+            assert service.metric("chat_replies_total", outcome="cancelled") == 1
+            assert request.closed.wait(5)
+        assert service.reply("another") == "You said: another"
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_caller_who_reads_slowly_holds_back_groq_and_nobody_else(
+    start_service: StartService, groq: FakeGroq, transport: str
+) -> None:
+    service = start_service()
+    groq.on("large", LARGE)
+    process = psutil.Process(service.process.pid)
+    service.reply("warm")
+    with connected(service) as connection:
+        before = process.memory_info().rss
+        ASKS[transport](connection, service)
+        groq.wait_for_request("large")
+        for number in range(50):
+            assert service.reply(f"n{number}") == f"You said: n{number}"
+        assert process.memory_info().rss - before < 8 << 20, "the reply is of 12 MB"
+        assert service.metric("chat_replies_active", stream_type=transport) == 1
+
+
+def test_a_large_conversation_that_nobody_reads_is_cut_too(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(SEND_TIMEOUT=0.5, MAX_BODY_BYTES=20 << 20, CONTEXT_TOKENS=100_000_000)
+    service.reply("x" * (12 << 20), conversation)
+    idle = open_sockets(service)
+    with connected(service) as connection:
+        path = f"/conversations/{conversation}"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        service.log_line(endpoint="/conversations/{id}", status=200)
+        wait_until(lambda: open_sockets(service) <= idle)
+
+
+class ImpatientProtocol(TimedProtocol):
+    head_timeout = 0.2
+
+
+@pytest.mark.parametrize("beginning", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_a_connection_on_which_no_request_comes_is_closed(beginning: bytes) -> None:
+    with (
+        running(Starlette(), http=ImpatientProtocol) as (_, port),
+        socket.create_connection(("127.0.0.1", port), 5) as connection,
+    ):
+        connection.sendall(beginning)
+        assert everything_from(connection) == b""
+
+
+def test_a_second_request_that_does_not_come_whole_closes_the_connection_too() -> None:
+    with (
+        running(Starlette(), http=ImpatientProtocol) as (_, port),
+        socket.create_connection(("127.0.0.1", port), 5) as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+        assert everything_from(connection).startswith(b"HTTP/1.1 404 ")
