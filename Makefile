@@ -6,7 +6,7 @@ VENV := .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo run test test-integration bench check clean
+.PHONY: demo run test test-integration bench check audit clean
 
 demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
 	@PORT=$(PORT) $(BIN)/python -m tests.demo
@@ -28,10 +28,18 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(VENV)-audit/.installed  ## look the dependencies up among known vulnerabilities
+	.ci/audit $(VENV)-audit/bin/python
+
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.txt requirements-dev.txt bench/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r bench/requirements.txt
+	touch $@
+
+$(VENV)-audit/.installed: requirements-audit.txt
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@

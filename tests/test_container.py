@@ -38,7 +38,7 @@ def test_all_that_the_image_copies_is_there_and_not_ignored() -> None:
 
 
 def test_every_dependency_is_pinned_exactly() -> None:
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-audit.txt"):
         for line in (ROOT / file).read_text().splitlines():
             assert (
                 line[:1] in ("", "#")
