@@ -12,7 +12,7 @@ import pytest
 from chat import logs
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import KEY, Service
+from tests.servers import KEY, Service, UvicornService
 
 
 def lines_for(service: Service, request_id: str) -> list[dict[str, object]]:
@@ -78,10 +78,31 @@ def test_the_endpoint_is_the_template_and_never_the_path(
     assert lines_for(service, "lost")[0]["endpoint"] == "unmatched"
 
 
-def test_no_content_conversation_or_key_is_logged(
-    start_service: StartService, groq: FakeGroq, conversation: str
+@pytest.mark.parametrize("options", [[], ["--log-level", "trace"], ["--log-level", "debug"]])
+def test_no_content_conversation_or_key_is_logged_at_any_level(
+    groq: FakeGroq, conversation: str, options: list[str]
 ) -> None:
-    service = start_service()
+    service = TalkativeService(options, GROQ_BASE_URL=groq.url)
+    with service:
+        talk_of_secrets(service, groq, conversation)
+    assert len(service.process.lines) > 10
+    for secret in ("confidential", "classified", conversation, KEY):
+        assert secret not in service.process.output
+
+
+class TalkativeService(UvicornService):
+    """A service that logs all it can."""
+
+    def __init__(self, options: list[str], **settings: object) -> None:
+        super().__init__(LOG_LEVEL="debug", PYTHONASYNCIODEBUG="1", **settings)
+        self._options = options
+
+    @property
+    def command(self) -> list[str]:
+        return [*super().command, *self._options]
+
+
+def talk_of_secrets(service: Service, groq: FakeGroq, conversation: str) -> None:
     groq.on("confidential", Script(["classified", "reply"]))
     groq.on("confidential failure", Script(["classified"], cut_before_token=1))
     for content in ("confidential question", "confidential failure"):
@@ -94,9 +115,15 @@ def test_no_content_conversation_or_key_is_logged(
                 pass
     service.http.get(f"/conversations/{conversation}?secret=confidential")
     service.http.post("/chat", json={"messages": [{"role": "confidential", "content": "x"}]})
+
+
+def test_only_lines_of_the_level_and_above_are_logged(start_service: StartService) -> None:
+    service = start_service(LOG_LEVEL="warning")
+    service.http.get("/health")
+    service.http.get("/nowhere")
+    service.chat("hello")
     service.process.end()
-    for secret in ("confidential", "classified", conversation, KEY):
-        assert secret not in service.process.output
+    assert service.process.output == ""
 
 
 def test_a_callers_line_break_makes_no_line(service: Service) -> None:
