@@ -8,6 +8,8 @@ Importing this module does nothing: `app` is made when it is first asked for.
 
 import asyncio
 import gc
+import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -25,12 +27,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
+from uvicorn.config import STARTUP_FAILURE
 
-from chat import logs, metrics
+from chat import logs, metrics, signals, workers
 from chat.config import Settings, SettingsError, load_settings
+from chat.drain import Drain
 from chat.errors import ChatError
 from chat.groq import open_groq
-from chat.history import MemoryHistory
+from chat.history import History, MemoryHistory
 from chat.http import (
     NO_SUCH_PATH,
     JSONReply,
@@ -43,19 +47,18 @@ from chat.http import (
     wants_stream,
 )
 from chat.limits import RateLimiter
-from chat.link import open_link
+from chat.link import Link, open_link
 from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
 from chat.protocols import BatchingProtocol, TimedProtocol
 from chat.service import ChatService
+from chat.shared_history import SharedHistory
 from chat.tokens import TokenCounts
 from chat.upstream import Upstream
 from chat.websocket import ChatSocket
 
 HOST = "0.0.0.0"  # noqa: S104  (a service in a container listens on all of its addresses)
-SHUTDOWN_TIMEOUT = 25
-"""Seconds that running replies have at the end; Kubernetes kills after 30."""
 OPENAPI = Path(__file__).with_name("openapi.yaml")
 
 
@@ -73,13 +76,9 @@ async def chat(request: Request) -> Response:
 
 async def chat_socket(websocket: WebSocket) -> None:
     state, client = websocket.app.state, client_of(websocket.scope)
-    await ChatSocket(
-        websocket,
-        partial(state.service.reply_to, stream_type="websocket", client=client),
-        state.limiter,
-        max_bytes=state.settings.max_body_bytes,
-        idle_timeout=state.settings.idle_timeout,
-    ).serve()
+    reply_to = partial(state.service.reply_to, stream_type="websocket", client=client)
+    socket = ChatSocket(websocket, reply_to, state.limiter, state.drain, state.settings)
+    await socket.serve()
 
 
 async def no_such_socket(websocket: WebSocket) -> None:
@@ -100,15 +99,20 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    link, upstream = request.app.state.link, request.app.state.upstream
-    redis = "off" if link is None else "up" if link.is_up else "down"
-    return JSONResponse({"status": "ready", "redis": redis, "models": upstream.model_states})
+    state, status = request.app.state, "ready"
+    redis = "off" if state.link is None else "up" if state.link.is_up else "down"
+    if state.drain.has_begun:
+        status = "draining"
+    elif state.settings.history_store == "redis" and redis != "up":
+        status = "history unreachable"
+    body = {"status": status, "redis": redis, "models": state.upstream.model_states}
+    return JSONResponse(body, 200 if status == "ready" else 503)
 
 
 async def show_metrics(request: Request) -> Response:
     metrics.HISTORY_CONVERSATIONS.set(await request.app.state.service.count_conversations())
     metrics.EVENT_LOOP_TASKS.set(len(asyncio.all_tasks()))
-    return Response(metrics.generate_latest(), media_type=metrics.CONTENT_TYPE_LATEST)
+    return Response(metrics.render(), media_type=metrics.CONTENT_TYPE_LATEST)
 
 
 async def openapi(request: Request) -> Response:
@@ -143,18 +147,18 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if settings.redis_addr:
             opening = open_link(settings.redis_addr, settings.redis_password)
             link = await stack.enter_async_context(opening)
-        history = MemoryHistory(
-            max_exchanges=settings.max_exchanges,
-            max_conversations=settings.max_conversations,
-            max_bytes=settings.max_history_bytes,
-            ttl=settings.conversation_ttl,
-        )
+        history = open_history(settings, link)
+        stack.push_async_callback(history.aclose)
         upstream = Upstream(await stack.enter_async_context(open_groq(settings)), settings)
         await stack.enter_async_context(running(upstream.check_forever()))
         counts = TokenCounts(settings.model, link)
         service = ChatService(settings, history=history, counts=counts, upstream=upstream)
         stack.push_async_callback(service.aclose)
+        drain = Drain(service, delay=settings.drain_delay, timeout=settings.drain_timeout)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        stack.enter_context(signals.held_back(lambda on_end: tasks.create_task(drain.run(on_end))))
         app.state.link = link
+        app.state.drain = drain
         app.state.upstream = upstream
         app.state.service = service
         app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
@@ -162,6 +166,19 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await stack.enter_async_context(metrics_server(app))
         gc.freeze()  # what is there now stays: no collection needs to look at it again
         yield
+
+
+def open_history(settings: Settings, link: Link | None) -> History:
+    if settings.history_store == "redis" and link:
+        return SharedHistory(
+            link, max_exchanges=settings.max_exchanges, ttl=settings.conversation_ttl
+        )
+    return MemoryHistory(
+        max_exchanges=settings.max_exchanges,
+        max_conversations=settings.max_conversations,
+        max_bytes=settings.max_history_bytes,
+        ttl=settings.conversation_ttl,
+    )
 
 
 @asynccontextmanager
@@ -191,7 +208,10 @@ async def metrics_server(app: Starlette) -> AsyncIterator[None]:
     port = app.state.settings.metrics_port
     config = uvicorn.Config(side, HOST, port, log_config=None, lifespan="off", access_log=False)
     server = SideServer(config)
-    async with running(server.serve(sockets=[config.bind_socket()])):
+    # Each worker listens on the port, and any of them shows the figures of all.
+    is_shared = app.state.settings.web_concurrency > 1
+    listener = socket.create_server((HOST, port), reuse_port=is_shared)
+    async with running(server.serve(sockets=[listener])):
         yield
         server.should_exit = True
 
@@ -225,9 +245,16 @@ def create_app(settings: Settings) -> Starlette:
 def settings_or_exit() -> Settings:
     """Read the settings; a bad one ends the process with one line that names it."""
     try:
-        return load_settings()
+        return load_settings(overrides=options_of_uvicorn(sys.argv))
     except SettingsError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
+        sys.exit(STARTUP_FAILURE)  # by which uvicorn's supervisor knows not to try again
+
+
+def options_of_uvicorn(arguments: list[str]) -> dict[str, str]:
+    """Return what the command line says of a setting: `uvicorn --workers` is WEB_CONCURRENCY."""
+    found = re.search(r" --workers[ =](\d+)", " ".join(arguments))
+    return {"WEB_CONCURRENCY": found[1]} if found else {}
 
 
 def __getattr__(name: str) -> Starlette:
@@ -241,18 +268,20 @@ def __getattr__(name: str) -> Starlette:
 def main() -> None:
     settings = settings_or_exit()
     logs.configure(settings.log_level)
-    uvicorn.run(
-        create_app(settings),
-        host=HOST,
-        port=settings.port,
-        log_config=None,
-        proxy_headers=False,  # TRUSTED_PROXIES says whom to believe
-        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
-        http=TimedProtocol,
-        ws=BatchingProtocol,
-        ws_max_size=4 * settings.max_body_bytes,  # up to there, an error goes before the close
-        ws_per_message_deflate=False,  # a token is too short to gain by it
-    )
+    options: dict[str, Any] = {
+        "host": HOST,
+        "port": settings.port,
+        "log_config": None,
+        "proxy_headers": False,  # TRUSTED_PROXIES says whom to believe
+        "http": TimedProtocol,
+        "ws": BatchingProtocol,
+        "ws_max_size": 4 * settings.max_body_bytes,  # up to there, an error goes before the close
+        "ws_per_message_deflate": False,  # a token is too short to gain by it
+    }
+    if settings.web_concurrency > 1:
+        workers.run("server:app", settings.web_concurrency, **options)
+    else:
+        uvicorn.run(create_app(settings), workers=1, **options)
 
 
 if __name__ == "__main__":

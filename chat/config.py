@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,10 +67,16 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
+NODE = r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
+REDIS_URL = re.compile(rf"rediss?(\+cluster)?://([^\s/?#@]*@)?({NODE}(,{NODE})*)(/\d{{1,3}})?")
+
+
 def redis_address(text: str) -> str:
-    if text and re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", text) is None:
+    found = REDIS_URL.fullmatch(text if "://" in text else f"redis://{text}")
+    if text and (found is None or ("," in found[3] and not found[1])):
         raise ValueError
-    _check_host_and_port(f"redis://{text}")
+    for node in found[3].split(",") if found else ():
+        _check_host_and_port(f"redis://{node}")
     return text
 
 
@@ -135,7 +142,9 @@ RATE = Kind(rate, "a rate such as 30/minute (second, minute, hour, day), or empt
 NETWORKS = Kind(networks, "addresses or networks such as 10.0.0.0/8, with commas between them")
 ORIGINS = Kind(origins, "origins such as https://chat.example.com, with commas between them")
 LEVEL = matching("debug|info|warning|error", "debug, info, warning or error")
-REDIS_ADDRESS = Kind(redis_address, "host:port, such as redis:6379, or empty for no Redis")
+REDIS_ADDRESS = Kind(
+    redis_address, "host:port, such as redis:6379, a redis:// URL, or empty for no Redis"
+)
 
 
 def setting(kind: Kind, default: Any = ...) -> Any:
@@ -165,6 +174,7 @@ class Settings:
     context_tokens: int = setting(integer(2, 100_000_000), 131_072)
     max_exchanges: int = setting(integer(1, 1000), 20)
     shared_conversation: bool = setting(BOOLEAN, True)
+    history_store: str = setting(matching("memory|redis", "memory or redis"), "memory")
     max_conversations: int = setting(integer(1, 10_000_000), 10_000)
     conversation_ttl: float = setting(seconds(1, 31_536_000), 86_400.0)
     max_history_bytes: int = setting(integer(1, 1 << 40), 256 << 20)
@@ -178,6 +188,9 @@ class Settings:
     send_timeout: float = setting(seconds(0.01, 3600), 60.0)
     idle_timeout: float = setting(seconds(0.01, 86_400), 600.0)
     keep_alive_interval: float = setting(seconds(0.01, 3600), 15.0)
+    drain_delay: float = setting(seconds(0, 3600), 0.0)
+    drain_timeout: float = setting(seconds(0, 3600), 30.0)
+    web_concurrency: int = setting(integer(1, 1000), 1)
     metrics_port: int = setting(integer(0, 65_535), 0)
     log_level: str = setting(LEVEL, "info")
     redis_addr: str = setting(REDIS_ADDRESS, "redis:6379")
@@ -185,10 +198,13 @@ class Settings:
 
 
 def load_settings(
-    environ: Mapping[str, str] = os.environ, env_file: str | Path = ".env"
+    environ: Mapping[str, str] = os.environ,
+    env_file: str | Path = ".env",
+    overrides: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
     """
-    Read the settings from the environment, or from `env_file` for what the environment lacks.
+    Read the settings from the environment, or from `env_file` for what the environment lacks;
+    `overrides` go before both.
 
     Raises:
         SettingsError: a variable is missing or has a bad value.
@@ -200,7 +216,7 @@ def load_settings(
     values = {}
     for each in fields(Settings):
         name = each.name.upper()
-        text = config(name, default=None)
+        text = overrides.get(name, config(name, default=None))
         if text is not None:
             values[each.name] = _parse(name, text.strip(), each.metadata["kind"])
     return _checked(values)
@@ -210,7 +226,8 @@ def _parse(name: str, text: str, kind: Kind) -> Any:
     try:
         return kind.parse(text)
     except (ValueError, KeyError):
-        shown = "the given value" if kind.secret else repr(text[:100])
+        is_secret = kind.secret or "@" in text  # a URL with a password
+        shown = "the given value" if is_secret else repr(text[:100])
         raise SettingsError(f"{name} must be {kind.expected}, not {shown}") from None
 
 
@@ -222,5 +239,12 @@ def _checked(values: dict[str, Any]) -> Settings:
         raise SettingsError(
             f"MAX_TOKENS must be less than CONTEXT_TOKENS ({settings.context_tokens}), "
             f"not {settings.max_tokens}"
+        )
+    if settings.history_store == "redis" and not settings.redis_addr:
+        raise SettingsError("HISTORY_STORE=redis needs REDIS_ADDR, which is empty")
+    if settings.history_store == "memory" and settings.web_concurrency > 1:
+        raise SettingsError(
+            f"WEB_CONCURRENCY={settings.web_concurrency} needs HISTORY_STORE=redis: each worker "
+            "would have a history of its own, and a conversation would depend on who answers"
         )
     return settings

@@ -11,6 +11,8 @@ ChatError
 ├── RateLimited               429  too many requests of one client
 ├── TooManyReplies            429  too many replies to one client at once
 ├── TooBusy                   503  too many replies at once; closes a WebSocket with 1013
+├── HistoryUnavailable        503  the shared history cannot be reached
+├── Draining                  503  this replica ends; closes a WebSocket with 1012
 ├── GroqError                 502
 │   ├── GroqUnreachable            no connection, or it broke before an answer
 │   ├── GroqRefused                an error status; knows `retry_after`
@@ -125,6 +127,25 @@ class TooBusy(ChatError):
 
     def __init__(self) -> None:
         super().__init__("too many replies at once; try again in a moment")
+
+
+class HistoryUnavailable(ChatError):
+    status = 503
+    reason = "history"
+    retry_after = 1
+
+    def __init__(self) -> None:
+        super().__init__("the conversation cannot be reached; try again in a moment")
+
+
+class Draining(ChatError):
+    status = 503
+    close_code = 1012
+    reason = "draining"
+    retry_after = 1
+
+    def __init__(self) -> None:
+        super().__init__("the service is restarting; try again in a moment")
 
 
 class GroqError(ChatError):

@@ -49,6 +49,9 @@ class History(Protocol):
     async def count(self) -> int:
         """Return how many conversations are kept."""
 
+    async def aclose(self) -> None:
+        """End what still runs in the background."""
+
 
 @dataclass(slots=True)
 class _Conversation:
@@ -112,6 +115,9 @@ class MemoryHistory:
         with self._lock:
             self._expire()
             return len(self._conversations)
+
+    async def aclose(self) -> None:
+        """There is nothing to end."""
 
     def _touch(self, conversation: str, kept: _Conversation) -> None:
         kept.last_used = self._clock()

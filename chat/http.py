@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chat.errors import BodyTooLarge, BodyTooSlow, ChatError
+from chat.errors import BodyTooLarge, BodyTooSlow, ChatError, Draining
 from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
 from chat.limits import RateLimiter
 from chat.messages import ChatRequest
@@ -170,8 +170,8 @@ async def chat_error(request: Request, error: Exception) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if isinstance(error, BodyTooLarge | BodyTooSlow):
-        headers["connection"] = "close"  # the rest of the body is not read
+    if isinstance(error, BodyTooLarge | BodyTooSlow | Draining):
+        headers["connection"] = "close"  # the rest of the body is not read, or nothing is any more
     return JSONResponse({"error": error.message}, error.status, headers)
 
 

@@ -15,7 +15,7 @@ from math import ceil
 from chat.addresses import bucket_of
 from chat.config import Rate
 from chat.errors import RateLimited
-from chat.link import RedisLink
+from chat.link import Link
 
 CLIENTS = 100_000
 """Clients that a process remembers: some 20 MB."""
@@ -74,7 +74,7 @@ class RateLimiter:
     """The buckets of all clients; kept in this process while Redis is not there."""
 
     def __init__(
-        self, rate: Rate, link: RedisLink | None, *, clock: Callable[[], float] = time.monotonic
+        self, rate: Rate, link: Link | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._rate = rate
         self._link = link

@@ -1,15 +1,23 @@
-"""Every metric of the service; the only global state, since a process is scraped as a whole."""
+"""
+Every metric of the service; the only global state, since a process is scraped as a whole.
+
+With several workers on one machine, they write to files in PROMETHEUS_MULTIPROC_DIR, and each shows
+the figures of all; `multiprocess_mode` says how gauges are put together.
+"""
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-__all__ = ["CONTENT_TYPE_LATEST", "generate_latest"]
+__all__ = ["CONTENT_TYPE_LATEST", "forget_process", "render"]
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double a scrape
 
@@ -26,7 +34,9 @@ HTTP_REQUEST_DURATION = Histogram(
 )
 CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_type"])
 CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
-CHAT_REPLIES_ACTIVE = Gauge("chat_replies_active", "Replies in progress.", ["stream_type"])
+CHAT_REPLIES_ACTIVE = Gauge(
+    "chat_replies_active", "Replies in progress.", ["stream_type"], multiprocess_mode="livesum"
+)
 CHAT_TIME_TO_FIRST_TOKEN = Histogram(
     "chat_time_to_first_token_seconds",
     "Time from a chat request to the first token of its reply.",
@@ -49,16 +59,33 @@ GROQ_CIRCUIT_STATE = Gauge(
     "groq_circuit_state",
     "0 while a model is asked, 2 while it is left alone, 1 in a probe.",
     ["model"],
+    multiprocess_mode="livemax",
 )
 GROQ_MODEL_AVAILABLE = Gauge(
-    "groq_model_available", "0 while Groq refuses the key or lacks the model, else 1.", ["model"]
+    "groq_model_available",
+    "0 while Groq refuses the key or lacks the model, else 1.",
+    ["model"],
+    multiprocess_mode="livemin",
 )
 TOKEN_CACHE_LOOKUPS = Counter(
     "token_cache_lookups_total", "Messages whose token count was looked up.", ["result"]
 )
-HISTORY_CONVERSATIONS = Gauge("history_conversations", "Conversations kept in the history.")
-EVENT_LOOP_TASKS = Gauge("event_loop_tasks", "Tasks of the event loop, when it was scraped.")
-REDIS_UP = Gauge("redis_up", "1 while Redis answers, 0 while it does not or is not configured.")
+HISTORY_CONVERSATIONS = Gauge(
+    "history_conversations",
+    "Conversations kept in the history.",
+    multiprocess_mode="livemostrecent",
+)
+EVENT_LOOP_TASKS = Gauge(
+    "event_loop_tasks", "Tasks of the event loop, when it was scraped.", multiprocess_mode="livesum"
+)
+HISTORY_LOST = Counter(
+    "history_lost_exchanges_total", "Exchanges that could not be stored in the shared history."
+)
+REDIS_UP = Gauge(
+    "redis_up",
+    "1 while Redis answers, 0 while it does not or is not configured.",
+    multiprocess_mode="livemin",
+)
 
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
@@ -73,3 +100,18 @@ for _direction in ("prompt", "completion"):
     CHAT_TOKENS.labels(_direction)
 for _result in ("hit", "miss"):
     TOKEN_CACHE_LOOKUPS.labels(_result)
+
+
+def render() -> bytes:
+    """Return all metrics in Prometheus' text format."""
+    registry = CollectorRegistry()
+    try:
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    except ValueError:  # PROMETHEUS_MULTIPROC_DIR is not set: there is one process
+        registry = REGISTRY
+    return generate_latest(registry)
+
+
+def forget_process(pid: int) -> None:
+    """Take the gauges of a worker that has died out of the sums."""
+    mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -76,7 +77,7 @@ class RequestMiddleware:
             await connection.send(message)
 
         try:
-            with connection.watch():
+            with connection.watch(), answering(scope, connection):
                 await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
@@ -95,6 +96,12 @@ class RequestMiddleware:
         if trusted and (peer := scope.get("client")):
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             scope["client"] = (client_address(peer[0], forwarded_for, trusted), peer[1])
+
+
+def answering(scope: Scope, connection: CallerConnection) -> AbstractContextManager[None]:
+    """Have the connection known to the drain, where the app has one."""
+    drain = getattr(scope["app"].state, "drain", None)
+    return drain.answering(connection) if drain else nullcontext()
 
 
 def _request_id(scope: Scope) -> str:

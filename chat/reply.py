@@ -27,6 +27,7 @@ class Reply:
         outcome: how the reply ended; None while it runs.
         error: what it failed by.
         was_stopped: whether its caller asked for no more of it, rather than leaving.
+        interruption: what it was ended by, where it was neither its caller nor Groq.
         usage: the tokens that it cost, as Groq reported them.
         prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
         model: the model that is asked.
@@ -42,6 +43,7 @@ class Reply:
         self.outcome: Outcome | None = None
         self.error: ChatError | None = None
         self.was_stopped = False
+        self.interruption: ChatError | None = None
         self.usage: Usage | None = None
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
@@ -177,6 +179,12 @@ class Reply:
     def abandon(self) -> None:
         """End it for a caller who has left: nothing of it is kept."""
         if self.outcome is None:
+            self._cancel_once()
+
+    def interrupt(self, error: ChatError) -> None:
+        """End it as failed, for a reason of ours: nothing of it is kept."""
+        if self.outcome is None:
+            self.interruption = error
             self._cancel_once()
 
     def _cancel_once(self) -> None:

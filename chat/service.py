@@ -71,7 +71,8 @@ class ChatService:
         if settings.system_prompt:
             self._system = [Message("system", settings.system_prompt)]
             self._system_tokens = estimate(self._system[0])
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._replies: dict[asyncio.Task[None], Reply] = {}
+        self._refusal: ChatError | None = None
         self._replies_to: Counter[str] = Counter()
 
     def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
@@ -80,26 +81,29 @@ class ChatService:
 
         Raises:
             TooBusy, TooManyReplies: too many run already, of all clients or of this one.
+            ChatError: what `refuse` was given.
         """
         self._check_room(client)
         reply = Reply(stream_type, self._settings.model)
         task = asyncio.create_task(self._run(request, reply))
         # Not at once: a task that is cancelled before its first step never gets to end its reply.
         reply.begin(lambda: task.get_loop().call_soon(task.cancel))
-        self._tasks.add(task)
+        self._replies[task] = reply
         self._replies_to[client] += 1
         task.add_done_callback(partial(self._make_room, client))
         return reply
 
     def _check_room(self, client: str) -> None:
         limit = self._settings.max_concurrent_per_client
-        if len(self._tasks) >= self._settings.max_concurrent:
+        if self._refusal:
+            raise self._refusal
+        if len(self._replies) >= self._settings.max_concurrent:
             raise TooBusy
         if limit and self._replies_to[client] >= limit:
             raise TooManyReplies(limit)
 
     def _make_room(self, client: str, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._replies[task]
         self._replies_to[client] -= 1
         if not self._replies_to[client]:
             del self._replies_to[client]
@@ -122,11 +126,27 @@ class ChatService:
     async def count_conversations(self) -> int:
         return await self._history.count()
 
+    def refuse(self, error: ChatError) -> None:
+        """Begin no more replies."""
+        self._refusal = error
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait for the replies that run; return whether they ended in time, in seconds."""
+        if self._replies:
+            await asyncio.wait(self._replies, timeout=timeout)
+        return not self._replies
+
+    def interrupt(self, error: ChatError) -> None:
+        """End all replies that run, for a reason of ours."""
+        for reply in self._replies.values():
+            reply.interrupt(error)
+
     async def aclose(self) -> None:
         """End all replies that still run."""
-        for task in self._tasks:
+        running = list(self._replies)
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def _run(self, request: ChatRequest, reply: Reply) -> None:
         metrics.CHAT_REQUESTS.labels(reply.stream_type).inc()
@@ -142,9 +162,11 @@ class ChatService:
             except TimeoutError:
                 error = GroqTimeout()
             except asyncio.CancelledError:
-                outcome = "cancelled"
                 reply.keep_what_was_sent()
-                error = None if reply.was_stopped else CallerLeft()
+                error = reply.interruption
+                if error is None:
+                    outcome = "cancelled"
+                    error = None if reply.was_stopped else CallerLeft()
             except ChatError as raised:
                 error = raised
             except Exception:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from chat import metrics
-from chat.link import RedisLink
+from chat.link import Link
 from chat.messages import Message
 
 TTL = 86_400
@@ -35,7 +35,7 @@ class Count:
 class TokenCounts:
     """The counts of one model's messages."""
 
-    def __init__(self, model: str, link: RedisLink | None) -> None:
+    def __init__(self, model: str, link: Link | None) -> None:
         self._model = model
         self._link = link
         self._known: OrderedDict[str, int] = OrderedDict()

@@ -8,12 +8,15 @@ from functools import partial
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from chat.config import Settings
+from chat.drain import Drain
 from chat.errors import (
     BadRequest,
     BinaryMessage,
     BodyTooLarge,
     CallerIdle,
     ChatError,
+    Draining,
     InternalError,
 )
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
@@ -37,8 +40,8 @@ class ChatSocket:
         websocket: the connection, not yet accepted.
         reply_to: begins the reply to a request.
         limiter: counts the requests, if they are limited.
-        max_bytes: how large a message may be.
-        idle_timeout: seconds without a message after which the connection is closed.
+        drain: closes it when this replica ends.
+        settings: tell how large a message may be, and how long none may come.
     """
 
     def __init__(
@@ -46,28 +49,44 @@ class ChatSocket:
         websocket: WebSocket,
         reply_to: Callable[[SocketRequest], Reply],
         limiter: RateLimiter | None,
-        *,
-        max_bytes: int,
-        idle_timeout: float,
+        drain: Drain,
+        settings: Settings,
     ) -> None:
         self._websocket = websocket
         self._send = server_send(websocket.scope, websocket.send)
         self._reply_to = reply_to
         self._limiter = limiter
-        self._max_bytes = max_bytes
-        self._idle_timeout = idle_timeout
+        self._drain = drain
+        self._is_draining = False
+        self._clock: asyncio.Timeout | None = None
+        self._max_bytes = settings.max_body_bytes
+        self._idle_timeout = settings.idle_timeout
         self._reply: Reply | None = None
         self._relaying: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Answer messages until either side closes the connection."""
         await self._websocket.accept()
+        with self._drain.serving(self):
+            await self._serve()
+
+    def drain(self) -> None:
+        """Close the connection as soon as no reply runs on it."""
+        self._is_draining = True
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Stop waiting for a message, to see whether there is another reason to go on."""
+        if self._is_draining and self._clock:
+            self._clock.reschedule(asyncio.get_running_loop().time())
+
+    async def _serve(self) -> None:
         try:
             while (message := await self._next_message())["type"] == "websocket.receive":
                 await self._answer(message)
         except WebSocketDisconnect:
             pass
-        except CallerIdle as error:
+        except (CallerIdle, Draining) as error:
             await self._fail(error)
         except Exception:
             logger.exception("a WebSocket failed by a fault of ours")
@@ -80,12 +99,16 @@ class ChatSocket:
 
     async def _next_message(self) -> Message:
         while True:
+            if self._is_draining and not self._is_replying:
+                raise Draining
             try:
-                async with asyncio.timeout(self._idle_timeout):
+                async with asyncio.timeout(self._idle_timeout) as self._clock:
                     return await self._websocket.receive()
             except TimeoutError:
-                if not self._is_replying:
+                if not (self._is_replying or self._is_draining):
                     raise CallerIdle(self._idle_timeout) from None
+            finally:
+                self._clock = None
 
     async def _answer(self, message: Message) -> None:
         try:
@@ -126,6 +149,7 @@ class ChatSocket:
             allowance.check()
         self._reply = self._reply_to(request)
         self._relaying = asyncio.create_task(self._relay(self._reply))
+        self._relaying.add_done_callback(lambda _: self._look_up())
 
     async def _relay(self, reply: Reply) -> None:
         try:

@@ -11,11 +11,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import redis
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
@@ -26,11 +27,13 @@ START_TIMEOUT = 20.0
 KEY = "gsk_secret_of_the_operator"
 
 
-def free_port() -> int:
-    with socket.socket() as unbound:
-        unbound.bind(("127.0.0.1", 0))
-        port: int = unbound.getsockname()[1]
-        return port
+def free_port(below: int = 65_536) -> int:
+    while True:
+        with socket.socket() as unbound:
+            unbound.bind(("127.0.0.1", 0))
+            port: int = unbound.getsockname()[1]
+        if port < below:
+            return port
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
@@ -301,8 +304,15 @@ class RedisServer:
     """A real Redis server on a free port, with nothing in it."""
 
     def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
+        self.port = free_port(below=65_536 - 10_000)  # a node's bus is 10,000 further on
         self._arguments = arguments
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def client(self, **options: Any) -> redis.Redis:
+        return redis.Redis(port=self.port, **options)
 
     @property
     def address(self) -> str:
@@ -344,6 +354,44 @@ class RedisServer:
                 return bool(connection.recv(100))
         except OSError:
             return False
+
+
+class RedisCluster:
+    """A real Redis Cluster: three servers, each with a third of the slots."""
+
+    def __init__(self) -> None:
+        self.servers = [RedisServer("--cluster-enabled", "yes") for _ in range(3)]
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(server.address for server in self.servers)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for server in self.servers:
+                stack.enter_context(server)
+            self._join()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _join(self) -> None:
+        share = -(-16_384 // len(self.servers))
+        with ExitStack() as stack:
+            clients = [stack.enter_context(each.client()) for each in self.servers]
+            for number, client in enumerate(clients):
+                slots = range(number * share, min((number + 1) * share, 16_384))
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+                client.execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
+            wait_until(lambda: all(map(_is_whole, clients)), START_TIMEOUT)
+
+
+def _is_whole(client: redis.Redis) -> bool:
+    info: dict[str, str] = client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
+    return (info["cluster_state"], info["cluster_known_nodes"]) == ("ok", "3")
 
 
 def redis_executable() -> str:

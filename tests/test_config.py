@@ -75,7 +75,7 @@ def test_redis_may_be_left_out() -> None:
         (
             "REDIS_ADDR",
             "redis",
-            "host:port, such as redis:6379, or empty for no Redis, not 'redis'",
+            "host:port, such as redis:6379, a redis:// URL, or empty for no Redis, not 'redis'",
         ),
         ("GROQ_BASE_URL", "http://localhost:99999/v1", "an http:// or https:// URL"),
         ("GROQ_BASE_URL", "http://[zz/v1", "an http:// or https:// URL"),
@@ -85,6 +85,10 @@ def test_redis_may_be_left_out() -> None:
         ("SYSTEM_PROMPT", "\udcff", "text in UTF-8"),
         ("MODEL", "two words", "the name of a model"),
         ("REASONING_EFFORT", "none", "low, medium or high, not 'none'"),
+        ("REDIS_ADDR", "http://redis:6379", "host:port"),
+        ("REDIS_ADDR", "redis://a:1,b:2", "host:port"),
+        ("REDIS_ADDR", "redis://:secret@redis", "host:port, such as redis:6379, a redis:// URL"),
+        ("HISTORY_STORE", "disk", "memory or redis, not 'disk'"),
         ("RATE_LIMIT", "30", "a rate such as 30/minute"),
         ("RATE_LIMIT", "0/minute", "a rate such as 30/minute"),
         ("RATE_LIMIT", "30/week", "a rate such as 30/minute"),
@@ -101,6 +105,7 @@ def test_a_bad_value_is_named_with_what_it_should_be(name: str, value: str, expe
         load({name: value})
     assert str(error.value).startswith(f"{name} must be {expected}")
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("environ", [{}, {"GROQ_API_KEY": ""}, {"GROQ_API_KEY": "two words"}])
@@ -109,3 +114,34 @@ def test_a_key_is_required_and_never_shown(environ: dict[str, str]) -> None:
         load_settings(environ, "/nowhere/.env")
     assert "two words" not in str(error.value)
     assert "gsk_key" not in repr(load({}))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "redis:6379",
+        "[::1]:6379",
+        "redis://redis:6379",
+        "redis://:password@redis:6379/2",
+        "rediss://user:p%40ss@redis.example.com:6380",
+        "redis+cluster://a:6379,b:6379,c:6379",
+        "rediss+cluster://user:password@a:6379",
+    ],
+)
+def test_redis_is_named_by_an_address_or_a_url(address: str) -> None:
+    assert load({"REDIS_ADDR": address}).redis_addr == address
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        (
+            {"WEB_CONCURRENCY": "2"},
+            "WEB_CONCURRENCY=2 needs HISTORY_STORE=redis: each worker would",
+        ),
+        ({"HISTORY_STORE": "redis", "REDIS_ADDR": ""}, "HISTORY_STORE=redis needs REDIS_ADDR"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        load(environ)

@@ -2,14 +2,18 @@
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable, Iterator
+from uuid import uuid4
 
 import pytest
 
-from chat.history import Exchange, MemoryHistory, flatten
+from chat.history import Exchange, History, MemoryHistory, flatten
+from chat.link import open_link
 from chat.messages import Message
+from chat.shared_history import SharedHistory
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq
-from tests.servers import Service
+from tests.servers import RedisCluster, Service
 
 
 class Clock:
@@ -50,28 +54,127 @@ def ask(history: MemoryHistory, conversation: str, *contents: str) -> None:
         asyncio.run(history.append(conversation, exchange(content)))
 
 
-def test_only_the_last_exchanges_stay() -> None:
-    history = memory(max_exchanges=2)
-    ask(history, "c", "one", "two", "three")
-    assert questions(history, "c") == ["two", "three"]
+Scenario = Callable[[History], Awaitable[None]]
+STORES = ["memory", "redis", "cluster"]
 
 
-def test_a_snapshot_does_not_change_afterwards() -> None:
-    history = memory()
-    ask(history, "c", "one")
-    snapshot = asyncio.run(history.read("c"))
-    ask(history, "c", "two")
-    assert snapshot == (exchange("one"),)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RedisCluster]:
+    with RedisCluster() as running:
+        yield running
 
 
-def test_conversations_do_not_mix_and_are_forgotten_alone() -> None:
-    history = memory()
-    ask(history, "a", "one")
-    ask(history, "b", "two")
-    asyncio.run(history.forget("a"))
-    asyncio.run(history.forget("never there"))
-    assert (questions(history, "a"), questions(history, "b")) == ([], ["two"])
-    assert asyncio.run(history.count()) == 1
+@pytest.fixture
+def on_store(request: pytest.FixtureRequest) -> Callable[[str, Scenario], None]:
+    """Runs a scenario on a store of that kind, with two exchanges a conversation."""
+
+    def run(store: str, scenario: Scenario) -> None:
+        if store == "memory":
+            asyncio.run(as_coroutine(scenario(memory(max_exchanges=2))))
+            return
+        address = (
+            request.getfixturevalue("redis_server").address
+            if store == "redis"
+            else request.getfixturevalue("cluster").url
+        )
+        asyncio.run(on_redis(address, scenario))
+
+    return run
+
+
+async def as_coroutine(running: Awaitable[None]) -> None:
+    await running
+
+
+async def on_redis(address: str, scenario: Scenario) -> None:
+    async with open_link(address, "") as link:
+        await link.probe()
+        history = SharedHistory(link, max_exchanges=2, ttl=60, count_interval=0)
+        await scenario(history)
+        await history.aclose()
+
+
+OnStore = Callable[[str, Scenario], None]
+
+
+def new_name() -> str:
+    return uuid4().hex
+
+
+async def said(history: History, conversation: str) -> list[str]:
+    return [message.content for message in flatten(await history.read(conversation))][::2]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_only_the_last_exchanges_stay(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        name = new_name()
+        for content in ("one", "two", "three"):
+            await history.append(name, exchange(content))
+        assert await said(history, name) == ["two", "three"]
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_snapshot_is_as_it_was_stored_and_does_not_change(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        name = new_name()
+        messages = (Message("user", "\u2028 \x00 \U0001f600"), Message("assistant", "reply"))
+        await history.append(name, Exchange(messages, preceding=7))
+        snapshot = await history.read(name)
+        await history.append(name, exchange("two"))
+        assert snapshot == (Exchange(messages, preceding=7),)
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_conversations_do_not_mix_and_are_forgotten_alone(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        one, other = new_name(), new_name()
+        before = await history.count()
+        await history.append(one, exchange("one"))
+        await history.append(other, exchange("two"))
+        assert await history.count() == before + 2
+        await history.forget(one)
+        await history.forget(new_name())
+        assert (await said(history, one), await said(history, other)) == ([], ["two"])
+        assert await history.count() == before + 1
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_what_is_the_same_twice_is_stored_twice(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        name = new_name()
+        await history.append(name, exchange("again"))
+        await history.append(name, exchange("again"))
+        assert await said(history, name) == ["again", "again"]
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_exchanges_that_cross_are_each_stored_whole(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        names = [new_name() for _ in range(20)]
+        await asyncio.gather(*(history.append(n, exchange(c)) for n in names for c in "ab"))
+        for name in names:
+            assert sorted(await said(history, name)) == ["a", "b"]
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_reading_what_is_not_there_stores_nothing(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        before = await history.count()
+        assert await history.read(new_name()) == ()
+        assert await history.count() == before
+
+    on_store(store, scenario)
 
 
 def test_the_least_recently_used_conversation_goes_first() -> None:
@@ -89,12 +192,6 @@ def test_texts_take_no_more_than_their_share_of_memory() -> None:
         ask(history, f"c{number}", "x" * 10_000)
     kept = [number for number in range(50) if questions(history, f"c{number}")]
     assert kept == list(range(41, 50))
-
-
-def test_reading_what_is_not_there_stores_nothing() -> None:
-    history = memory()
-    assert questions(history, "c") == []
-    assert asyncio.run(history.count()) == 0
 
 
 def test_an_idle_conversation_goes_and_one_in_use_stays() -> None:

@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "logs", "metrics", "watchdog", "quota"],
-    ["config", "messages", "link", "connection", "breaker"],
+    ["config", "messages", "link", "connection", "breaker", "signals", "workers"],
     ["framing", "history", "reply", "addresses"],
-    ["context", "tokens", "groq", "limits"],
+    ["context", "tokens", "groq", "limits", "shared_history"],
     ["upstream", "middleware"],
-    ["service", "http", "websocket", "protocols"],
-    ["origins"],
+    ["service", "http", "protocols"],
+    ["origins", "drain"],
+    ["websocket"],
     ["server"],
 ]
 MODULES = {path.stem: path for path in [*ROOT.glob("chat/*.py"), ROOT / "server.py"]}
@@ -21,13 +22,13 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 HOMES = {
     "starlette": {"config", "connection", "http", "middleware", "origins", "websocket", "server"},
-    "uvicorn": {"server", "protocols"},
+    "uvicorn": {"server", "protocols", "workers"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},
     "redis": {"link"},
     "prometheus_client": {"metrics"},
-    "os": {"config"},
+    "os": {"config", "signals", "workers"},
 }
 
 

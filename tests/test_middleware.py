@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import cast
 
 import httpx
 import pytest
@@ -15,11 +16,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from chat.config import load_settings
+from chat.drain import Drain
 from chat.messages import SocketRequest
 from chat.middleware import RequestMiddleware
 from chat.reply import Reply
+from chat.service import ChatService
 from chat.websocket import ChatSocket
 from tests.servers import body, running
+
+SETTINGS = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
 
 
 async def fail(request: Request) -> Response:
@@ -39,7 +44,8 @@ def fail_to_reply(request: SocketRequest) -> Reply:
 
 
 async def fail_on_socket(websocket: WebSocket) -> None:
-    await ChatSocket(websocket, fail_to_reply, None, max_bytes=1000, idle_timeout=9).serve()
+    drain = Drain(cast(ChatService, None), delay=0, timeout=0)
+    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve()
 
 
 @pytest.fixture
@@ -49,8 +55,7 @@ def address() -> Iterator[str]:
         Route("/fail-late", fail_late),
         WebSocketRoute("/fail", fail_on_socket),
     ]
-    settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
-    layers = [Middleware(RequestMiddleware, settings=settings)]
+    layers = [Middleware(RequestMiddleware, settings=SETTINGS)]
     with running(Starlette(routes=routes, middleware=layers)) as (host, port):
         yield f"{host}:{port}"
 

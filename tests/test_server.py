@@ -1,15 +1,13 @@
 """The start and the end of the process, as `python server.py` and as `uvicorn server:app`."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
 import pytest
 
-from tests.conftest import StartService
-from tests.fake_groq import FakeGroq, Script
+from tests.fake_groq import FakeGroq
 from tests.servers import ROOT, Service, UvicornService, environment
 
 PYTHON = Service().command
@@ -64,19 +62,6 @@ def test_uvicorn_serves_the_same_and_all_its_lines_are_json(
     assert messages[0].startswith("Started server process")
     assert "POST /chat 200" in messages
     assert messages[-1].startswith("Finished server process")
-
-
-def test_a_signal_lets_a_running_reply_end(start_service: StartService, groq: FakeGroq) -> None:
-    service = start_service()
-    groq.on("hold", Script(["a", "b"], hold_before_token=1))
-    with service.stream("hold") as (_, stream):
-        assert next(stream).data == "a"
-        service.process.send_signal(signal.SIGTERM)
-        service.process.wait_for_line(lambda line: "Shutting down" in line)
-        groq.release()
-        assert [event.data for event in stream] == ["b", "[DONE]"]
-    service.process.wait()
-    assert "Application shutdown complete." in service.process.output
 
 
 def test_a_port_in_use_ends_the_start(service: Service) -> None:
