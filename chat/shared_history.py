@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from uuid import uuid4
@@ -73,14 +74,13 @@ class SharedHistory:
         self._ttl = int(ttl * 1000)
         self._count_interval = count_interval
         self._counted = (0, float("-inf"))
-        self._storing: dict[str, asyncio.Task[None]] = {}
+        self._storing: set[asyncio.Task[None]] = set()
+        self._late: dict[str, asyncio.Task[None]] = {}
+        """What is stored in the background, after the end of its reply."""
 
     async def read(self, conversation: str) -> tuple[Exchange, ...]:
         key = _key(conversation)
-        if storing := self._storing.get(key):  # what was said before comes before
-            await asyncio.wait([storing], timeout=READ_BUDGET)
-        if key in self._storing:
-            raise HistoryUnavailable
+        await self._catch_up(key)
         commands: list[Command] = [("LRANGE", key, 0, -1), ("PEXPIRE", key, self._ttl)]
         stored, _ = await self._ask(commands, READ_BUDGET)
         return tuple(_exchanges(stored))
@@ -90,16 +90,17 @@ class SharedHistory:
         key = _key(conversation)
         stored = msgspec.json.encode(_Stored(uuid4().hex, exchange))
         command = ("EVAL", APPEND, 1, key, stored, self._max_exchanges, self._ttl)
-        before = self._storing.get(key)
-        storing = asyncio.create_task(self._store(command, before))
-        self._storing[key] = storing
-        storing.add_done_callback(lambda _: self._forget_task(key, storing))
+        storing = asyncio.create_task(self._store(command, self._late.get(key)))
+        self._storing.add(storing)
+        storing.add_done_callback(self._storing.discard)
         await asyncio.wait([storing], timeout=STORE_BUDGET)
+        if not storing.done():
+            self._late[key] = storing
+            storing.add_done_callback(partial(self._forget_late, key))
 
     async def forget(self, conversation: str) -> None:
         key = _key(conversation)
-        if storing := self._storing.get(key):
-            await asyncio.wait([storing], timeout=READ_BUDGET)
+        await self._catch_up(key)
         await self._ask([("DEL", key)], READ_BUDGET)
 
     async def count(self) -> int:
@@ -116,16 +117,23 @@ class SharedHistory:
 
     async def aclose(self) -> None:
         """Wait a while for what is still to be stored, and give up the rest."""
-        storing = list(self._storing.values())
+        storing = list(self._storing)
         if storing:
             await asyncio.wait(storing, timeout=CLOSE_TIMEOUT)
         for task in storing:
             task.cancel()
         await asyncio.gather(*storing, return_exceptions=True)
 
-    def _forget_task(self, key: str, storing: asyncio.Task[None]) -> None:
-        if self._storing.get(key) is storing:
-            del self._storing[key]
+    async def _catch_up(self, key: str) -> None:
+        """Let what was said before be stored before what comes now."""
+        if late := self._late.get(key):
+            await asyncio.wait([late], timeout=READ_BUDGET)
+            if not late.done():
+                raise HistoryUnavailable
+
+    def _forget_late(self, key: str, storing: asyncio.Task[None]) -> None:
+        if self._late.get(key) is storing:
+            del self._late[key]
 
     async def _store(self, command: Command, before: asyncio.Task[None] | None) -> None:
         if before:

@@ -91,6 +91,10 @@ class Process:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def wait(self, timeout: float = 10.0) -> int:
         """Wait for the process to end; return its exit status."""
         status = self._process.wait(timeout)

@@ -1,0 +1,223 @@
+"""The end of a replica: what callers see over each transport, with real signals."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import RedisServer, Service, UvicornService, body, wait_until
+
+
+class TwoWorkers(Service):
+    """The service with two workers, which share a history."""
+
+
+class UvicornWorkers(UvicornService):
+    """The same, by uvicorn's own supervisor."""
+
+    @property
+    def command(self) -> list[str]:
+        return [*super().command, "--workers", "2"]
+
+
+Start = Callable[..., Service]
+STARTS: dict[str, type[Service]] = {
+    "python": Service,
+    "uvicorn": UvicornService,
+    "workers": TwoWorkers,
+    "uvicorn's workers": UvicornWorkers,
+}
+
+
+@pytest.fixture(params=STARTS)
+def start(
+    request: pytest.FixtureRequest, groq: FakeGroq, redis_server: RedisServer
+) -> Iterator[Start]:
+    """Starts the service in each of its ways, with the history in Redis."""
+    with ExitStack() as stack:
+
+        def one(**settings: object) -> Service:
+            if request.param == "workers":
+                settings["WEB_CONCURRENCY"] = 2
+            service = STARTS[request.param](
+                GROQ_BASE_URL=groq.url,
+                HISTORY_STORE="redis",
+                REDIS_ADDR=redis_server.address,
+                **settings,
+            )
+            stack.enter_context(service)
+            wait_until(lambda: service.http.get("/ready").status_code == 200)
+            return service
+
+        yield one
+
+
+def error_and_code(socket: ClientConnection) -> tuple[str, int | None]:
+    """Return the error that comes, passing tokens over, and the code of the close behind it."""
+    while "token" in (message := json.loads(socket.recv(10))):
+        pass
+    with pytest.raises(ConnectionClosed) as closed:
+        socket.recv(10)
+    return message["error"], closed.value.rcvd.code if closed.value.rcvd else None
+
+
+RESTARTING = "the service is restarting; try again in a moment"
+
+
+@contextmanager
+def asked_over_websocket(
+    service: Service, content: str, conversation: str
+) -> Iterator[ClientConnection]:
+    with service.socket() as socket:
+        socket.send(json.dumps(body(content, conversation)))
+        yield socket
+
+
+def test_running_replies_end_whole_over_each_transport(
+    start: Start, groq: FakeGroq, conversation: str
+) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    names = [f"{kind}-{conversation[:30]}" for kind in ("json", "sse", "ws")]
+    with ExitStack() as stack:
+        answering = Thread(lambda: service.chat("held", names[0], stream=False))
+        _, events = stack.enter_context(service.stream("held", names[1]))
+        socket = stack.enter_context(asked_over_websocket(service, "held", names[2]))
+        idle = stack.enter_context(service.socket())
+        assert next(events).data == "a"
+        assert json.loads(socket.recv(5)) == {"token": "a"}
+        groq.wait_for(lambda: len(groq.asked("held")) == 3)
+        service.process.send_signal(signal.SIGTERM)
+        assert error_and_code(idle) == (RESTARTING, 1012)
+        groq.release()
+        assert answering.result().json() == {"response": "ab"}
+        assert [event.data for event in events] == ["b", "[DONE]"]
+        assert [json.loads(socket.recv(5)) for _ in range(2)] == [{"token": "b"}, {"done": "true"}]
+        assert error_and_code(socket) == (RESTARTING, 1012)
+    assert service.process.wait() == 0
+    with UvicornService(**service._settings | {"WEB_CONCURRENCY": 1}) as after:
+        wait_until(lambda: after.http.get("/ready").status_code == 200)
+        assert [after.contents(name) for name in names] == [["held", "ab"]] * 3
+
+
+def test_replies_that_do_not_end_in_time_are_ended_properly_and_not_stored(
+    start: Start, groq: FakeGroq, conversation: str
+) -> None:
+    service = start(DRAIN_TIMEOUT=0.3)
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with ExitStack() as stack:
+        answering = Thread(lambda: service.chat("held", conversation, stream=False))
+        _, events = stack.enter_context(service.stream("held", conversation))
+        socket = stack.enter_context(asked_over_websocket(service, "held", conversation))
+        assert next(events).data == "a"
+        groq.wait_for(lambda: len(groq.asked("held")) == 3)
+        service.process.send_signal(signal.SIGTERM)
+        answer = answering.result()
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        (last,) = events
+        assert (last.name, json.loads(last.data)) == ("error", {"error": RESTARTING})
+        assert error_and_code(socket) == (RESTARTING, 1012)
+    assert service.process.wait() == 0
+    for request in groq.asked("held"):
+        assert request.closed.wait(5)
+    with UvicornService(**service._settings | {"WEB_CONCURRENCY": 1}) as after:
+        wait_until(lambda: after.http.get("/ready").status_code == 200)
+        assert after.contents(conversation) == []
+
+
+@pytest.mark.parametrize("start", ["python", "uvicorn"], indirect=True)
+def test_during_the_delay_all_but_readiness_goes_on(start: Start, groq: FakeGroq) -> None:
+    service = start(DRAIN_DELAY=30)
+    service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: service.http.get("/ready").status_code == 503)
+    assert service.http.get("/ready").json()["status"] == "draining"
+    with httpx.Client(base_url=service.url) as newcomer:
+        assert newcomer.get("/health").status_code == 200
+        assert newcomer.post("/chat", json=body("new")).json() == {"response": "You said: new"}
+    with service.socket() as socket:
+        socket.send(json.dumps(body("new")))
+        assert "token" in json.loads(socket.recv(5))
+    assert service.process.is_running
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait() == 1
+
+
+@pytest.mark.parametrize("start", ["python", "uvicorn"], indirect=True)
+def test_after_the_delay_new_chats_are_refused_while_old_ones_end(
+    start: Start, groq: FakeGroq
+) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        service.process.send_signal(signal.SIGTERM)
+        service.process.wait_for_line(lambda line: "draining" in line)
+        wait_until(lambda: refusal(service).status_code == 503)
+        answer = refusal(service)
+        assert answer.json() == {"error": RESTARTING}
+        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["connection"] == "close"
+        with service.socket() as socket:
+            assert error_and_code(socket) == (RESTARTING, 1012)
+        assert httpx.get(f"{service.url}/health").status_code == 200
+        groq.release()
+        assert [event.data for event in events] == ["b", "[DONE]"]
+    assert service.process.wait() == 0
+    assert service.process.output.count("Traceback") == 0
+
+
+def refusal(service: Service) -> httpx.Response:
+    return httpx.post(f"{service.url}/chat", json=body("new"))
+
+
+@pytest.mark.parametrize("start", ["python", "uvicorn", "workers"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(start: Start, groq: FakeGroq, number: int) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        service.process.send_signal(signal.Signals(number))
+        service.process.wait_for_line(lambda line: "draining" in line)
+        started_at = time.monotonic()
+        service.process.send_signal(signal.Signals(number))
+        service.process.wait()
+        assert time.monotonic() - started_at < 20, "the drain alone takes 30 s"
+        with pytest.raises(httpx.TransportError):
+            list(events)
+
+
+def test_a_caller_who_reads_nothing_does_not_hold_up_the_end(
+    groq: FakeGroq, redis_server: RedisServer
+) -> None:
+    from tests.test_connection import LARGE, asking, connected
+
+    groq.on("large", LARGE)
+    with Service(GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.2) as service, connected(service) as slow:
+        slow.sendall(asking("large", stream=True))
+        groq.wait_for_request("large")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait() == 0
+
+
+class Thread:
+    """A call in the background, and its result."""
+
+    def __init__(self, call: Callable[[], httpx.Response]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(call)
+
+    def result(self) -> Any:
+        found = self._future.result(20)
+        self._pool.shutdown()
+        return found
