@@ -135,44 +135,13 @@ def keep_secret(*texts: str) -> None:
     SECRETS.update(text[:40] for text in texts if len(text) >= SHORTEST_SECRET)
 
 
-class Service:
-    """The service as a process of its own, on a free port; settings are variables' names."""
+class Caller:
+    """Someone who uses the service at an address."""
 
-    def __init__(self, **settings: object) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._settings: dict[str, object] = {
-            "GROQ_API_KEY": KEY,
-            "PORT": self.port,
-            "REDIS_ADDR": "",
-            "GROQ_MAX_RETRIES": 0,  # the tests that are about them say so
-            "GROQ_CIRCUIT_FAILURES": 1000,
-            **settings,
-        }
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "server.py"]
-
-    def __enter__(self) -> Self:
-        self.process = Process(self.command, environment(self._settings), ROOT)
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
-        wait_until(self._is_up, START_TIMEOUT)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.http.close()
-        self.process.end()
-        leaked = [secret for secret in SECRETS if secret in self.process.output]
-        assert not leaked, f"logged: {leaked}"
-
-    def _is_up(self) -> bool:
-        assert self.process.is_running, self.process.output
-        try:
-            self.http.get("/health").raise_for_status()
-        except httpx.TransportError:
-            return False
-        return True
 
     def chat(self, content: str, conversation: str | None = None, **fields: Any) -> httpx.Response:
         """Send one message; return the whole answer."""
@@ -222,6 +191,44 @@ class Service:
         samples = [sample for family in families for sample in family.samples]
         wanted = [s for s in samples if s.name == name and labels.items() <= s.labels.items()]
         return sum(sample.value for sample in wanted)
+
+
+class Service(Caller):
+    """The service as a process of its own, on a free port; settings are variables' names."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(free_port())
+        self._settings: dict[str, object] = {
+            "GROQ_API_KEY": KEY,
+            "PORT": self.port,
+            "REDIS_ADDR": "",
+            "GROQ_MAX_RETRIES": 0,  # the tests that are about them say so
+            "GROQ_CIRCUIT_FAILURES": 1000,
+            **settings,
+        }
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "server.py"]
+
+    def __enter__(self) -> Self:
+        self.process = Process(self.command, environment(self._settings), ROOT)
+        wait_until(self._is_up, START_TIMEOUT)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.http.close()
+        self.process.end()
+        leaked = [secret for secret in SECRETS if secret in self.process.output]
+        assert not leaked, f"logged: {leaked}"
+
+    def _is_up(self) -> bool:
+        assert self.process.is_running, self.process.output
+        try:
+            self.http.get("/health").raise_for_status()
+        except httpx.TransportError:
+            return False
+        return True
 
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.process.lines]
