@@ -6,7 +6,7 @@ VENV := .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo run test test-integration bench check audit clean
+.PHONY: demo run test test-integration bench soak check audit clean
 
 demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
 	@PORT=$(PORT) $(BIN)/python -m tests.demo
@@ -22,6 +22,9 @@ test-integration: $(READY)  ## the tests that talk to the real Groq; they need G
 
 bench: $(READY)  ## the benchmark: beside the naive relay, in less than five minutes
 	$(BIN)/python -m bench.run
+
+soak: $(READY)  ## ten minutes of faults with 200 callers, at whose end nothing may be left over
+	$(BIN)/python -m bench.soak
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
