@@ -51,7 +51,7 @@ from chat.link import Link, open_link
 from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
-from chat.protocols import BatchingProtocol, TimedProtocol
+from chat.protocols import HTTPProtocol, WebSocketProtocol
 from chat.service import ChatService
 from chat.shared_history import SharedHistory
 from chat.tokens import TokenCounts
@@ -273,8 +273,8 @@ def main() -> None:
         "port": settings.port,
         "log_config": None,
         "proxy_headers": False,  # TRUSTED_PROXIES says whom to believe
-        "http": TimedProtocol,
-        "ws": BatchingProtocol,
+        "http": HTTPProtocol,
+        "ws": WebSocketProtocol,
         "ws_max_size": 4 * settings.max_body_bytes,  # up to there, an error goes before the close
         "ws_per_message_deflate": False,  # a token is too short to gain by it
     }

@@ -1,47 +1,108 @@
 """
-uvicorn's protocols, each with one thing more.
+uvicorn's protocols, guarded against callers who send without an end, or read nothing.
 
 `python server.py` uses them; `uvicorn server:app` does with
-`--http chat.protocols:TimedProtocol --ws chat.protocols:BatchingProtocol`.
+`--http chat.protocols:HTTPProtocol --ws chat.protocols:WebSocketProtocol`.
 """
 
 import asyncio
+import socket
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.frames import Frame
 from websockets.http11 import Request
 
 from chat.middleware import TEXTS
 
+MAX_CONNECTIONS = 10_000
+"""Connections of a process; beyond it, new ones are closed at once."""
+MAX_HEAD_BYTES = 64 << 10
+"""Bytes of a request that are no body: its line, its headers, its trailers."""
+MAX_PIPELINED = 16
+"""Requests that may wait on a connection."""
+MAX_FRAMES = 1000
+"""Frames of a WebSocket, pings and pieces of messages, that may come without a whole message."""
+SLICE_BYTES = 4 << 10
+"""As much of what comes on a WebSocket is parsed before its frames are counted."""
+UNREAD_TIMEOUT = 60.0
+"""Seconds that what was sent may stay unread; then the kernel ends the connection, also where
+nothing of the application is left that would notice."""
 
-class TimedProtocol(HttpToolsProtocol):
-    """Closes connections on which the beginning of a request does not arrive."""
+
+def limit_unread(transport: asyncio.BaseTransport) -> None:
+    connection = transport.get_extra_info("socket")
+    if hasattr(socket, "TCP_USER_TIMEOUT") and connection.family != socket.AF_UNIX:
+        milliseconds = int(UNREAD_TIMEOUT * 1000)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+class HTTPProtocol(HttpToolsProtocol):
+    """Ends connections on which the head of a request is too long, or does not arrive."""
 
     head_timeout = 15.0
-    """Seconds from the connection, or from a request's first byte, to the end of its headers."""
+    """Seconds in which a request has to begin and its headers to end, on a connection where none
+    is being answered."""
     _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+            return
+        limit_unread(transport)
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        if self._answering:  # uvicorn tells only the last request of those that were pipelined
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._wait_for_head()
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > MAX_HEAD_BYTES or len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+        elif not self._is_answering:
+            self._wait_for_head()
 
     def on_headers_complete(self) -> None:
-        self._stop_waiting()
+        self._head_bytes = 0
         super().on_headers_complete()
+        if self._is_answering:
+            self._stop_waiting()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait_for_head(self) -> None:
-        self._timer = self._timer or self.loop.call_later(self.head_timeout, self.transport.abort)
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.head_timeout, self._give_up)
+
+    def _give_up(self) -> None:
+        upgraded = self.transport.get_protocol()
+        if upgraded is self or not getattr(upgraded, "handshake_initiated", True):
+            self.transport.abort()
 
     def _stop_waiting(self) -> None:
         if self._timer:
@@ -49,18 +110,54 @@ class TimedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-class BatchingProtocol(WebSocketsSansIOProtocol):
+class WebSocketProtocol(WebSocketsSansIOProtocol):
     """
-    Offers the extension `TEXTS`: a message of that type has `texts`, a list of strings.
+    Takes no more from a caller than that caller reads, and not too many frames; and offers the
+    extension `TEXTS`: a message of that type has `texts`, a list of strings.
 
     ASGI sends one message at a time, and uvicorn writes each to the socket by itself: that system
     call is most of what a token costs over a WebSocket (bench/README.md).
     """
 
+    _frames = 0
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), SLICE_BYTES):
+            super().data_received(data[start : start + SLICE_BYTES])
+            if self._frames > MAX_FRAMES:
+                self.transport.abort()
+            if self.transport.is_closing():
+                return
+
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if not self.close_sent:
             self.scope["extensions"][TEXTS] = {}
+
+    def handle_ping(self) -> None:
+        self._frames += 1
+        super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        self._frames += 1
+        super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        self._frames += 1
+        super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        self._frames = 0
+        super().send_receive_event_to_app()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.transport.pause_reading()  # each ping that is read is a pong to write
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.read_paused:
+            self.transport.resume_reading()
 
     async def send(self, message: Any) -> None:
         if message["type"] != TEXTS:

@@ -11,7 +11,7 @@ import pytest
 from starlette.applications import Starlette
 from websockets.exceptions import ConnectionClosed
 
-from chat.protocols import TimedProtocol
+from chat.protocols import HTTPProtocol
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, UvicornService, body, running, wait_until
@@ -123,13 +123,17 @@ def ask_for_json(connection: socket.socket, service: Service) -> None:
     connection.sendall(asking("large", stream=False))
 
 
-def ask_over_websocket(connection: socket.socket, service: Service) -> None:
+def upgrade(connection: socket.socket) -> None:
     connection.sendall(
         b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     while not connection.recv(4096).endswith(b"\r\n\r\n"):
         pass
+
+
+def ask_over_websocket(connection: socket.socket, service: Service) -> None:
+    upgrade(connection)
     text = json.dumps(body("large")).encode()
     connection.sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)  # masked with zeros
 
@@ -189,11 +193,21 @@ def test_a_large_conversation_that_nobody_reads_is_cut_too(
         wait_until(lambda: open_sockets(service) <= idle)
 
 
-class ImpatientProtocol(TimedProtocol):
+class ImpatientProtocol(HTTPProtocol):
     head_timeout = 0.2
 
 
-@pytest.mark.parametrize("beginning", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+UNFINISHED = [
+    b"",
+    b"\r\n",
+    b"GET / HT",
+    b"GET / HTTP/1.1\r\nHost: x\r\n",
+    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 9\r\n\r\n",
+]
+ANSWERED = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("beginning", UNFINISHED)
 def test_a_connection_on_which_no_request_comes_is_closed(beginning: bytes) -> None:
     with (
         running(Starlette(), http=ImpatientProtocol) as (_, port),
@@ -203,10 +217,77 @@ def test_a_connection_on_which_no_request_comes_is_closed(beginning: bytes) -> N
         assert everything_from(connection) == b""
 
 
-def test_a_second_request_that_does_not_come_whole_closes_the_connection_too() -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        ANSWERED + b"GET / HT",
+        ANSWERED + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx",
+        b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\na: b\r\n",
+    ],
+)
+def test_what_does_not_come_whole_behind_an_answer_closes_the_connection_too(sent: bytes) -> None:
     with (
-        running(Starlette(), http=ImpatientProtocol) as (_, port),
+        running(Starlette(), http=ImpatientProtocol, timeout_keep_alive=1) as (_, port),
         socket.create_connection(("127.0.0.1", port), 5) as connection,
     ):
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+        connection.sendall(sent)
         assert everything_from(connection).startswith(b"HTTP/1.1 404 ")
+
+
+HEAD = b"POST /chat HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [HEAD, HEAD + b"a: ", HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"],
+    ids=["headers", "one header", "trailers"],
+)
+def test_a_head_without_an_end_is_cut(service: Service, beginning: bytes) -> None:
+    before = psutil.Process(service.process.pid).memory_info().rss
+    with connected(service) as connection, suppress(ConnectionError):
+        connection.sendall(beginning)
+        for _ in range(2000):
+            connection.sendall(b"a: b\r\n" * 1000 if beginning[-1:] == b"\n" else b"b" * 6000)
+        pytest.fail("12 MB of a head were taken")
+    assert psutil.Process(service.process.pid).memory_info().rss - before < 4 << 20
+
+
+def test_requests_without_an_end_behind_one_that_is_answered_are_cut(
+    service: Service, groq: FakeGroq
+) -> None:
+    groq.on("held", Script(hold_before_token=0))
+    with connected(service) as connection, suppress(ConnectionError):
+        connection.sendall(asking("held", stream=True))
+        groq.wait_for_request("held")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        while connection.recv(4096):
+            pass
+    assert groq.wait_for_request("held").closed.wait(5)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"\x89\x80\0\0\0\0", b"\x8a\x80\0\0\0\0", b"\x00\x80\0\0\0\0"],
+    ids=["pings", "pongs", "pieces"],
+)
+def test_frames_without_a_message_are_cut(service: Service, frame: bytes) -> None:
+    with connected(service) as connection, suppress(ConnectionError):
+        upgrade(connection)
+        if frame[0] == 0:
+            connection.sendall(b"\x01\x80\0\0\0\0")
+        connection.sendall(frame * 10_000)
+        everything_from(connection)
+
+
+def test_pings_of_a_caller_who_reads_nothing_take_no_memory(service: Service) -> None:
+    process = psutil.Process(service.process.pid)
+    before = process.memory_info().rss
+    ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
+    message = b"\x81\x82\0\0\0\0{}"
+    with connected(service) as connection, suppress(ConnectionError, TimeoutError):
+        upgrade(connection)
+        connection.settimeout(1)
+        for _ in range(3000):
+            connection.sendall(ping * 100 + message)
+    assert process.memory_info().rss - before < 4 << 20
