@@ -39,6 +39,7 @@ from chat.http import (
     NO_SUCH_PATH,
     JSONReply,
     JSONResponse,
+    MessagesResponse,
     SSEReply,
     admit,
     chat_error,
@@ -91,7 +92,7 @@ async def conversation(request: Request) -> Response:
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
-    return JSONResponse({"messages": await service.messages_of(conversation_id)})
+    return MessagesResponse(await service.messages_of(conversation_id))
 
 
 async def health(request: Request) -> Response:

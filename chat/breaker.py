@@ -44,60 +44,72 @@ class CircuitBreaker:
         self._pause = FIRST_PAUSE
         self._probe_at = 0.0
         self._is_open = False
-        self._is_probing = False
+        self._probe: object | None = None
+        """Stands for the one request that is let through while the circuit is open."""
         self._note()
 
     @property
     def state(self) -> State:
         if not self._is_open:
             return State.CLOSED
-        return State.HALF_OPEN if self._is_probing else State.OPEN
+        return State.HALF_OPEN if self._probe else State.OPEN
+
+    def check(self) -> None:
+        """
+        Tell whether a request may be sent.
+
+        Raises:
+            GroqDown: it must not.
+        """
+        wait = self._probe_at - self._clock()
+        if self._is_open and (wait > 0 or self._probe):
+            raise GroqDown(max(1, ceil(wait)))
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> Iterator[Callable[[], object]]:
         """
         Guard one request, and learn from how it ends.
+
+        Gives a function to be called once the model answers. What goes wrong after that is no
+        outage: a caller may have brought it about.
 
         Raises:
             GroqDown: the request must not be sent.
         """
-        is_probe = self._admit()
+        self.check()
+        request, has_answered = object(), False
+        if self._is_open:
+            self._probe = request
+            self._note()
+
+        def succeed() -> None:
+            nonlocal has_answered
+            has_answered = True
+            self._succeed()
+
         try:
-            yield
+            yield succeed
         except GroqError as error:
-            if error.is_outage:
-                self._fail()
-            else:
-                self.succeed()  # an answer, if not a good one
+            if not has_answered and error.is_outage:
+                self._fail(is_probe=self._probe is request)
+            elif not has_answered and error.is_answer:
+                self._succeed()
             raise
         finally:
-            if is_probe:
-                self._is_probing = False
+            if self._probe is request:
+                self._probe = None
                 self._note()
 
-    def succeed(self) -> None:
-        """Take note that the model answers, as soon as that is known."""
+    def _succeed(self) -> None:
         self._failures = 0
         if self._is_open:
-            self._is_open = False
-            self._pause = FIRST_PAUSE
+            self._is_open, self._probe, self._pause = False, None, FIRST_PAUSE
             self._note()
             logger.info("Groq answers again", extra={"fields": {"model": self._model}})
 
-    def _admit(self) -> bool:
-        """Return whether the request is a probe."""
-        if not self._is_open:
-            return False
-        wait = self._probe_at - self._clock()
-        if wait > 0 or self._is_probing:
-            raise GroqDown(max(1, ceil(wait)))
-        self._is_probing = True
-        self._note()
-        return True
-
-    def _fail(self) -> None:
+    def _fail(self, *, is_probe: bool) -> None:
         self._failures += 1
-        if self._is_probing:
+        if is_probe:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         elif self._is_open or self._failures < self._max_failures:
             return

@@ -123,7 +123,7 @@ def networks(text: str) -> tuple[Network, ...]:
 
 
 def origins(text: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    found = tuple(part.strip().lower() for part in text.split(",") if part.strip())
     if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@]+", each) for each in found):
         raise ValueError
     return found
@@ -239,6 +239,12 @@ def _checked(values: dict[str, Any]) -> Settings:
         raise SettingsError(
             f"MAX_TOKENS must be less than CONTEXT_TOKENS ({settings.context_tokens}), "
             f"not {settings.max_tokens}"
+        )
+    if settings.metrics_port == settings.port:
+        raise SettingsError(f"METRICS_PORT must be another than PORT, not {settings.port} too")
+    if settings.fallback_model == settings.model:
+        raise SettingsError(
+            f"FALLBACK_MODEL must be another than MODEL, not {settings.model!r} too"
         )
     if settings.history_store == "redis" and not settings.redis_addr:
         raise SettingsError("HISTORY_STORE=redis needs REDIS_ADDR, which is empty")

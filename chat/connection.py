@@ -19,15 +19,15 @@ class CallerConnection:
         self._send = send
         self._server_send = server_send
         self._limit = limit
-        self._is_sending = False
+        self._sending = 0
         self._sent = 0
 
     async def send(self, message: Message) -> None:
-        self._is_sending = True
+        self._sending += 1
         try:
             await self._send(message)
         finally:
-            self._is_sending = False
+            self._sending -= 1
             self._sent += 1
             self._send = self._server_send
 
@@ -35,7 +35,7 @@ class CallerConnection:
         """Cut the connection when a message waits too long."""
         return Watchdog(
             self._limit,
-            progress=lambda: self._sent if self._is_sending else object(),
+            progress=lambda: self._sent if self._sending else object(),
             on_silence=self.abort,
         )
 

@@ -74,5 +74,16 @@ def fit(
     return kept
 
 
+def newest(history: Sequence[Exchange], max_messages: int) -> Sequence[Exchange]:
+    """Return the newest exchanges that have no more messages than that: each is looked at."""
+    kept, messages = 0, 0
+    for exchange in reversed(history):
+        messages += len(exchange.messages)
+        if messages > max_messages:
+            break
+        kept += 1
+    return history[len(history) - kept :]
+
+
 def _newest(costs: Sequence[int], count: int) -> int:
     return sum(costs[len(costs) - count :])

@@ -78,12 +78,12 @@ class Drain:
         logger.info("draining: no more traffic should come here")
         await asyncio.sleep(self._delay)
         self._is_refusing = True
-        self._service.refuse(Draining())
+        self._service.refuse(Draining)
         for socket in list(self._sockets):
             socket.drain()
         if not await self._service.wait_idle(self._timeout):
             logger.warning("draining: the replies that still run are ended")
-            self._service.interrupt(Draining())
+            self._service.interrupt(Draining)
         await self._say_farewell()
         logger.info("drained")
         on_end()

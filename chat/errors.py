@@ -3,7 +3,8 @@ Everything that can go wrong in a chat, as one tree; each class knows its HTTP s
 
 ChatError
 ├── BadRequest                400  what the caller sent breaks a rule
-│   └── BinaryMessage              closes a WebSocket with 1003
+│   ├── BinaryMessage              closes a WebSocket with 1003
+│   └── TooManyWasted              closes a WebSocket with 1008
 ├── OriginNotAllowed          403  closes a WebSocket with 1008
 ├── ConversationNotFound      404
 ├── BodyTooSlow               408
@@ -65,6 +66,13 @@ class BinaryMessage(BadRequest):
 
     def __init__(self) -> None:
         super().__init__("a message must be JSON in a text frame, not a binary one")
+
+
+class TooManyWasted(BadRequest):
+    close_code = 1008
+
+    def __init__(self) -> None:
+        super().__init__("too many messages in a row that ask for no reply")
 
 
 class OriginNotAllowed(ChatError):
@@ -157,6 +165,8 @@ class GroqError(ChatError):
     """Whether another model may do what this one cannot."""
     is_outage: bool = False
     """Whether it tells that Groq is down, rather than that it is limited or misused."""
+    is_answer: bool = False
+    """Whether it tells that Groq is not down."""
 
 
 class GroqUnreachable(GroqError):
@@ -167,11 +177,13 @@ class GroqUnreachable(GroqError):
         super().__init__("the language model service cannot be reached")
 
 
-TEMPORARY = frozenset((408, 409, 429, 498, 500, 502, 503, 504))
+OF_PROXY = frozenset(range(520, 531))
+"""What a proxy in front of Groq says when it cannot reach it."""
+TEMPORARY = frozenset((408, 409, 429, 498, 500, 502, 503, 504)) | OF_PROXY
 """Groq's statuses that another try may not meet; 498: flex capacity is used up."""
 OF_MODEL = frozenset((404, 429, 498, 503))
 """Gone, rate-limited, or overloaded: each model by itself."""
-OUTAGES = frozenset((498, 500, 502, 503, 504))
+OUTAGES = frozenset((498, 500, 502, 503, 504)) | OF_PROXY
 OPERATORS = frozenset((401, 403, 404))
 """A wrong key or model: nothing that a caller could do anything about."""
 
@@ -201,6 +213,7 @@ class GroqRefused(GroqError):
         self.is_temporary = upstream_status in TEMPORARY
         self.is_of_model = upstream_status in OF_MODEL
         self.is_outage = upstream_status in OUTAGES
+        self.is_answer = not self.is_outage
 
     @property
     def log_fields(self) -> dict[str, object]:
@@ -232,6 +245,7 @@ class GroqReplyCut(GroqReplyBroken):
 
 class GroqReplyEmpty(GroqError):
     reason = "empty"
+    is_answer = True
 
 
 class GroqTimeout(GroqError):

@@ -47,9 +47,9 @@ MAX_RETRY_AFTER = 86_400
 DRAIN_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
-MAX_ERROR_BYTES = 64 << 10
-ERROR_TIMEOUT = 1.0
-"""Seconds to wait for the body of an error, which only tells its kind."""
+MAX_SHORT_BYTES = 1 << 20
+SHORT_TIMEOUT = 1.0
+"""Seconds to wait for the body of an error or of a list of models, which is short."""
 LOOK_UP_TIMEOUT = 10.0
 
 REASONING_MODELS = re.compile(r"openai/gpt-oss-\d+b")
@@ -138,14 +138,17 @@ class Groq:
 
     async def look_up(self) -> ModelState:
         """Find out whether Groq knows the key and the model; unknown where it does not tell."""
+        request = httpx.Request("GET", self._models_url, headers=self._headers)
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT):
-                answer = await self._client.get(self._models_url, headers=self._headers)
+                response = await self._client.send(request, stream=True)
+                async with aclosing(response):
+                    status, body = response.status_code, await _beginning(_content(response))
         except (TimeoutError, httpx.HTTPError, aiohttp.ClientError):
             return "unknown"
-        if answer.status_code in (401, 403):
+        if status in (401, 403):
             return "refused"
-        names = decode_model_names(answer.content) if answer.status_code == 200 else None
+        names = decode_model_names(body) if status == 200 else None
         if names is None:
             return "unknown"
         # Ollama lists `llama3:latest` where it also takes `llama3`.
@@ -180,7 +183,6 @@ class Groq:
 
     async def _read_whole(self, attempt: "_Attempt", reply: Reply) -> None:
         body = bytearray()
-        attempt.begin()
         while received := await attempt.content.readany():
             reply.progress += 1
             body += received
@@ -310,11 +312,11 @@ async def _refusal(response: httpx.Response) -> GroqRefused:
 
 
 async def _beginning(content: aiohttp.StreamReader) -> bytes:
-    """Return the body of an error, as far as it comes soon."""
+    """Return a body that should be short, as far as it comes soon."""
     body = b""
     try:
-        async with asyncio.timeout(ERROR_TIMEOUT):
-            while len(body) < MAX_ERROR_BYTES and (received := await content.readany()):
+        async with asyncio.timeout(SHORT_TIMEOUT):
+            while len(body) < MAX_SHORT_BYTES and (received := await content.readany()):
                 body += received
     except (TimeoutError, aiohttp.ClientError):
         pass
@@ -324,7 +326,7 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
 def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
     """Return the seconds of a `retry-after` header, given as a number or as a date."""
     if re.fullmatch(r"\d{1,5}(\.\d{1,9})?", value.strip()):
-        return ceil(float(value))
+        return min(ceil(float(value)), MAX_RETRY_AFTER)
     try:
         date = parsedate_to_datetime(value).timestamp()
     except (ValueError, OverflowError):

@@ -1,7 +1,7 @@
 """Chats over HTTP: bodies in; replies as JSON or as Server-Sent Events, and errors, out."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from chat.errors import BodyTooLarge, BodyTooSlow, ChatError, Draining
 from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
 from chat.limits import RateLimiter
-from chat.messages import ChatRequest
+from chat.messages import ChatRequest, Message
 from chat.middleware import add_headers, client_of, log_fields, server_send
 from chat.reply import Reply
 from chat.watchdog import Watchdog
@@ -86,12 +86,27 @@ class JSONResponse(Response):
         """Send a large body in pieces: for a slow reader, only the next one waits."""
         if len(self.body) <= PIECE_BYTES:
             return await super().__call__(scope, receive, send)
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
+        await send(_start(self.status_code, self.raw_headers))
         for start in range(0, len(self.body), PIECE_BYTES):
             await send(_body(bytes(self.body[start : start + PIECE_BYTES])))
         await send(_body(b"", more_body=False))
+
+
+class MessagesResponse(Response):
+    """A conversation, rendered as it is sent: of a large one, no reader has a copy in memory."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(_start(200, [(b"content-type", b"application/json")]))
+        piece = bytearray(b'{"messages":[')
+        for number, message in enumerate(self._messages):
+            piece += (b"," if number else b"") + msgspec.json.encode(message)
+            if len(piece) > PIECE_BYTES:
+                await send(_body(bytes(piece)))
+                piece.clear()
+        await send(_body(bytes(piece + b"]}"), more_body=False))
 
 
 class JSONReply(Response):
@@ -130,15 +145,18 @@ class SSEReply(Response):
             await direct(_body(end, more_body=False))
 
 
-START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
+def _start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, object]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+START = _start(
+    200,
+    [
         (b"content-type", b"text/event-stream"),
         (b"cache-control", b"no-cache"),
         (b"x-accel-buffering", b"no"),
     ],
-}
+)
 
 
 def _body(frames: bytes, *, more_body: bool = True) -> dict[str, object]:

@@ -89,7 +89,9 @@ class RateLimiter:
 
     async def _take_shared(self, key: str) -> Allowance | None:
         assert self._link  # noqa: S101
-        name = "chat:rate:" + sha256(key.encode()).hexdigest()
+        # Of another limit, what is left in the bucket says nothing.
+        kind = f"{self._rate.limit}:{self._rate.window}"
+        name = f"chat:rate:{kind}:{sha256(key.encode()).hexdigest()}"
         command = ("EVAL", SCRIPT, 1, name, self._rate.limit, self._rate.window)
         answers = await self._link.ask([command])
         if answers is None:

@@ -174,9 +174,12 @@ def decode_chunks(events: list[bytes]) -> list[Chunk]:
     try:
         if len(events) == 1:
             return [_CHUNK.decode(events[0])]
-        return _CHUNKS.decode(b"[" + b",".join(events) + b"]")
+        chunks = _CHUNKS.decode(b"[" + b",".join(events) + b"]")
+        if len(chunks) == len(events):  # else one holds several, which by itself is none
+            return chunks
     except (ValueError, RecursionError):
-        return list(_decode_one_by_one(events))
+        pass
+    return list(_decode_one_by_one(events))
 
 
 def _decode_one_by_one(events: list[bytes]) -> Iterator[Chunk]:

@@ -42,4 +42,5 @@ class OriginMiddleware:
         origin = headers.get("origin")
         if origin is None or "*" in self._allowed or origin in self._allowed:
             return True
-        return origin.partition("://")[2] == headers.get("host")
+        _, scheme_end, host = origin.partition("://")
+        return bool(scheme_end) and host == headers.get("host", "").lower()

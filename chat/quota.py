@@ -43,6 +43,13 @@ class Level:
         return max(0.0, self.noted_at + share * self.reset - now)
 
 
+LONGEST_RESET = 86_400.0
+"""A longer one is nonsense: Groq's windows are a minute and a day."""
+PROBE_INTERVAL = 60.0
+"""Seconds after which one request is sent in spite of a quota that is used up: only an answer can
+tell that it has been raised."""
+
+
 class Quota:
     """The requests and tokens that one model's quota has left; endless until Groq tells."""
 
@@ -50,17 +57,20 @@ class Quota:
         self._clock = clock
         self._levels: dict[str, Level] = {}
         self._reserved = {"requests": 0, "tokens": 0}
+        self._probe_at = 0.0
 
     def wait_for(self, tokens: int) -> float:
         """Return the seconds until a request of so many tokens will not be refused."""
         now, amounts = self._clock(), {"requests": 1, "tokens": tokens}
-        return max(
-            (
-                level.wait_for(amounts[kind], self._reserved[kind], now)
-                for kind, level in self._levels.items()
-            ),
-            default=0.0,
+        waits = (
+            level.wait_for(amounts[kind], self._reserved[kind], now)
+            for kind, level in self._levels.items()
         )
+        wait = max(waits, default=0.0)
+        if wait and now >= self._probe_at:
+            self._probe_at = now + PROBE_INTERVAL
+            return 0.0
+        return wait
 
     @contextmanager
     def reserve(self, tokens: int) -> Iterator[None]:
@@ -80,7 +90,9 @@ class Quota:
             reset = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
             if remaining is not None and reset is not None:
                 limit = _number(headers.get(f"x-ratelimit-limit-{kind}", ""))
-                self._levels[kind] = Level(limit, remaining, reset, self._clock())
+                now = self._clock()
+                self._levels[kind] = Level(limit, remaining, min(reset, LONGEST_RESET), now)
+                self._probe_at = now + PROBE_INTERVAL
 
 
 def _number(text: str) -> float | None:

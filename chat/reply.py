@@ -81,8 +81,10 @@ class Reply:
         """Write what has been added to the caller, if a transport is there."""
         if self._write is not None:
             self.is_delivering = True
-            await self._flush(self._write)
-            self.is_delivering = False
+            try:
+                await self._flush(self._write)
+            finally:
+                self.is_delivering = False
 
     def keep_what_was_sent(self) -> None:
         """Drop the tokens that no transport has written."""

@@ -6,13 +6,14 @@ meet.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from chat import metrics
+from chat.addresses import bucket_of
 from chat.config import Settings
-from chat.context import fit, without_overlap
+from chat.context import fit, newest, without_overlap
 from chat.errors import (
     CallerLeft,
     ChatError,
@@ -24,7 +25,7 @@ from chat.errors import (
     TooManyReplies,
 )
 from chat.history import SHARED, Exchange, History, flatten
-from chat.messages import ChatRequest, Message, Usage
+from chat.messages import MAX_MESSAGES, ChatRequest, Message, Usage
 from chat.reply import Outcome, Reply, StreamType
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens
 from chat.upstream import Upstream
@@ -72,7 +73,7 @@ class ChatService:
             self._system = [Message("system", settings.system_prompt)]
             self._system_tokens = estimate(self._system[0])
         self._replies: dict[asyncio.Task[None], Reply] = {}
-        self._refusal: ChatError | None = None
+        self._refusal: Callable[[], ChatError] | None = None
         self._replies_to: Counter[str] = Counter()
 
     def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
@@ -83,6 +84,7 @@ class ChatService:
             TooBusy, TooManyReplies: too many run already, of all clients or of this one.
             ChatError: what `refuse` was given.
         """
+        client = bucket_of(client)
         self._check_room(client)
         reply = Reply(stream_type, self._settings.model)
         task = asyncio.create_task(self._run(request, reply))
@@ -96,7 +98,7 @@ class ChatService:
     def _check_room(self, client: str) -> None:
         limit = self._settings.max_concurrent_per_client
         if self._refusal:
-            raise self._refusal
+            raise self._refusal()
         if len(self._replies) >= self._settings.max_concurrent:
             raise TooBusy
         if limit and self._replies_to[client] >= limit:
@@ -126,7 +128,7 @@ class ChatService:
     async def count_conversations(self) -> int:
         return await self._history.count()
 
-    def refuse(self, error: ChatError) -> None:
+    def refuse(self, error: Callable[[], ChatError]) -> None:
         """Begin no more replies."""
         self._refusal = error
 
@@ -136,10 +138,10 @@ class ChatService:
             await asyncio.wait(self._replies, timeout=timeout)
         return not self._replies
 
-    def interrupt(self, error: ChatError) -> None:
+    def interrupt(self, error: Callable[[], ChatError]) -> None:
         """End all replies that run, for a reason of ours."""
         for reply in self._replies.values():
-            reply.interrupt(error)
+            reply.interrupt(error())
 
     async def aclose(self) -> None:
         """End all replies that still run."""
@@ -182,8 +184,9 @@ class ChatService:
         conversation = request.conversation
         if conversation is None and self._settings.shared_conversation:
             conversation = SHARED
-        history = await self._history.read(conversation) if conversation else ()
-        is_full = len(history) >= self._settings.max_exchanges
+        stored = await self._history.read(conversation) if conversation else ()
+        is_full = len(stored) >= self._settings.max_exchanges
+        history = newest(stored, MAX_MESSAGES)
         new = without_overlap(history, request.messages, is_full=is_full)
         counts = await self._counts.count([*flatten(history), *new])
         costs = _costs(history, counts)

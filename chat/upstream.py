@@ -87,16 +87,20 @@ class Upstream:
         """Look now and then whether Groq knows the key and the models, until cancelled."""
         while True:
             for each in self._models:
-                self._note(each.model, await each.look_up())
+                try:
+                    self._note(each.model, await each.look_up())
+                except Exception:
+                    logger.exception("the models could not be looked up, by a fault of ours")
             await asyncio.sleep(CHECK_INTERVAL)
 
     async def _attempt(self, model: Groq, messages: Sequence[Message], reply: Reply) -> None:
         reply.model = model.model
-        await self._wait_for_quota(model, reply)
         breaker = self._breakers[model.model]
-        with breaker.request():
+        breaker.check()
+        await self._wait_for_quota(model, reply)
+        with breaker.request() as succeed:
             ask = model.complete if reply.stream_type == "json" else model.stream
-            await ask(messages, reply, breaker.succeed)
+            await ask(messages, reply, succeed)
 
     async def _wait_for_quota(self, model: Groq, reply: Reply) -> None:
         tokens = (reply.prompt_tokens or 0) + self._max_tokens
@@ -109,13 +113,11 @@ class Upstream:
             left -= pause
 
     def _note(self, model: str, state: ModelState) -> None:
-        if state == self.model_states[model]:
-            return
+        fields, before = {"model": model}, self.model_states[model]
         self.model_states[model] = state
-        fields = {"model": model}
-        if state in CHECKS:
+        if state in CHECKS:  # each time: it is an operator's to mend
             logger.error(CHECKS[state], extra={"fields": fields})
-        elif state == "available":
+        elif state == "available" and before != state:
             logger.info("Groq knows the key and the model", extra={"fields": fields})
         if state != "unknown":
             metrics.GROQ_MODEL_AVAILABLE.labels(model).set(state == "available")
@@ -126,7 +128,7 @@ def _delay(error: GroqError, retries: int) -> float:
     wished = error.retry_after or 0
     if not error.is_temporary or wished > LONGEST_WAIT:
         raise error
-    return max(wished, random.uniform(0, FIRST_BACKOFF * 2**retries))  # noqa: S311
+    return wished + random.uniform(0, FIRST_BACKOFF * 2**retries)  # noqa: S311
 
 
 def _explain(error: GroqError, model: Groq) -> None:

@@ -18,6 +18,7 @@ from chat.errors import (
     ChatError,
     Draining,
     InternalError,
+    TooManyWasted,
 )
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.limits import RateLimiter
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 CLOSED = (WebSocketDisconnect, OSError, RuntimeError)
 """What sending raises once the connection is closed, by the caller or by another task of ours."""
+
+
+MAX_WASTED = 100
+"""Messages in a row that begin no reply, after which the connection is closed."""
 
 
 class ChatSocket:
@@ -57,6 +62,7 @@ class ChatSocket:
         self._reply_to = reply_to
         self._limiter = limiter
         self._drain = drain
+        self._wasted = 0
         self._is_draining = False
         self._clock: asyncio.Timeout | None = None
         self._max_bytes = settings.max_body_bytes
@@ -112,16 +118,35 @@ class ChatSocket:
 
     async def _answer(self, message: Message) -> None:
         try:
-            request = self._parse(message)
+            request = await self._parse_counted(message)
             if request.cancel:
                 self._stop()
             else:
-                await self._begin(request)
+                self._begin(request)
         except ChatError as error:
             record_message(self._websocket.scope, error.status, error.log_fields)
             if error.close_code is not None and self._reply:
                 self._reply.abandon()
             await self._fail(error)
+
+    async def _parse_counted(self, message: Message) -> SocketRequest:
+        """Parse a message, and count it against the client's limit, good or bad; but a cancel."""
+        self._wasted += 1
+        if self._wasted > MAX_WASTED:
+            raise TooManyWasted
+        try:
+            request = self._parse(message)
+        except ChatError:
+            await self._count()
+            raise
+        if not request.cancel:
+            await self._count()
+        return request
+
+    async def _count(self) -> None:
+        if self._limiter:
+            allowance = await self._limiter.take(client_of(self._websocket.scope))
+            allowance.check()
 
     def _parse(self, message: Message) -> SocketRequest:
         text = message.get("text")
@@ -141,13 +166,11 @@ class ChatSocket:
     def _is_replying(self) -> bool:
         return self._relaying is not None and not self._relaying.done()
 
-    async def _begin(self, request: SocketRequest) -> None:
+    def _begin(self, request: SocketRequest) -> None:
         if self._is_replying:
             raise BadRequest("a reply is still running on this socket; wait for it, or cancel it")
-        if self._limiter:
-            allowance = await self._limiter.take(client_of(self._websocket.scope))
-            allowance.check()
         self._reply = self._reply_to(request)
+        self._wasted = 0
         self._relaying = asyncio.create_task(self._relay(self._reply))
         self._relaying.add_done_callback(lambda _: self._look_up())
 

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from chat.breaker import FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker, State
-from chat.errors import GroqDown, GroqError, GroqRefused, GroqUnreachable
+from chat.errors import GroqDown, GroqError, GroqRefused, GroqReplyBroken, GroqUnreachable
 
 names = (f"a-model-{number}" for number in count())
 
@@ -55,8 +55,8 @@ def test_an_answer_ends_a_run(breaker: CircuitBreaker) -> None:
     for _ in range(5):
         fail(breaker)
         fail(breaker)
-        with breaker.request():
-            breaker.succeed()
+        with breaker.request() as succeed:
+            succeed()
     assert state_of(breaker) is State.CLOSED
 
 
@@ -70,11 +70,13 @@ def test_a_refusal_is_no_failure(breaker: CircuitBreaker, status: int) -> None:
 def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
     open_it(breaker)
     clock.now += FIRST_PAUSE
-    with breaker.request():
+    with breaker.request() as succeed:
         assert state_of(breaker) is State.HALF_OPEN
         with pytest.raises(GroqDown), breaker.request():
             pytest.fail("let through beside the probe")
-        breaker.succeed()
+        succeed()
+        assert state_of(breaker) is State.CLOSED
+        fail(breaker)  # one failure while the probe's reply still streams
         with breaker.request():
             assert state_of(breaker) is State.CLOSED
 
@@ -114,3 +116,34 @@ def test_what_fails_late_does_not_put_off_the_probe(breaker: CircuitBreaker, clo
     clock.now += FIRST_PAUSE / 2
     with breaker.request():
         assert state_of(breaker) is State.HALF_OPEN
+
+
+def test_what_goes_wrong_after_an_answer_is_no_failure(breaker: CircuitBreaker) -> None:
+    for _ in range(10):
+        with suppress(GroqError), breaker.request() as succeed:
+            succeed()
+            raise GroqUnreachable
+    assert state_of(breaker) is State.CLOSED
+
+
+def test_what_fails_late_does_not_double_the_pause_of_a_probe(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    with suppress(GroqError), breaker.request():
+        open_it(breaker)
+        clock.now += FIRST_PAUSE
+        with breaker.request():
+            raise GroqUnreachable
+    clock.now += 2 * FIRST_PAUSE
+    with breaker.request():
+        assert state_of(breaker) is State.HALF_OPEN
+
+
+@pytest.mark.parametrize("error", [GroqRefused(522, None), GroqReplyBroken("sent nonsense")])
+def test_what_a_broken_proxy_says_does_not_close_it(
+    breaker: CircuitBreaker, clock: Clock, error: GroqError
+) -> None:
+    open_it(breaker)
+    clock.now += FIRST_PAUSE
+    fail(breaker, error)
+    assert state_of(breaker) is State.OPEN

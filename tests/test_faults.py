@@ -131,7 +131,6 @@ def test_a_fault_is_told_counted_and_leaves_nothing_behind(
     service: Service, groq: FakeGroq, conversation: str, name: str, transport: str
 ) -> None:
     fault = FAULTS[name]
-    groq.on("another question", Script(["good"]))
     groq.on("question", fault.script)
     groq.on("another question", Script(["good"]))
     before = counted(service, transport, fault.counted(transport))

@@ -25,6 +25,7 @@ PIECES = st.sampled_from(
         b'{"choices":[{"delta":{"content":"\xe2\x80\xa8"},"finish_reason":"stop"}]}',
         b'{"choices":[],"usage":{"prompt_tokens":1}}',
         b'{"error":{}}',
+        b'{"choices":[]},{"choices":[]}',
         b"[DONE]",
         b"{",
     ]

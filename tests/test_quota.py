@@ -99,3 +99,13 @@ def test_nonsense_is_passed_over() -> None:
     quota, _ = quota_with(tokens(None, 0, "soon"))
     quota.note({"x-ratelimit-remaining-tokens": "none", "x-ratelimit-reset-tokens": "1s"})
     assert quota.wait_for(100) == 0
+
+
+def test_a_nonsensical_reset_locks_nobody_out_for_ever() -> None:
+    quota, clock = quota_with(tokens(None, 0, "999999999d"))
+    assert quota.wait_for(100) == 86_400
+    clock.now += 60
+    assert quota.wait_for(100) == 0, "a probe"
+    assert quota.wait_for(100) > 80_000
+    quota.note(tokens(8000, 8000, "0s"))
+    assert quota.wait_for(100) == 0
