@@ -33,6 +33,8 @@ from tests.servers import Caller, RedisServer, Service, body, free_port, wait_un
 REPLICAS = 3
 KILL_WINDOW = 2.0
 """Seconds around the kill in which a chat may have been on the killed replica."""
+PAUSE = 0.1
+"""Seconds until a caller whose chat has failed asks again."""
 CONFIGURATION = """
 global
     maxconn 4096
@@ -116,14 +118,16 @@ class Simulation:
         threads = [threading.Thread(target=self._talk, args=(talk,)) for talk in self.talks]
         for thread in threads:
             thread.start()
-        time.sleep(seconds / 4)
-        self._kill(self.replicas[0])
-        time.sleep(seconds / 4)
-        self._roll(self.replicas[1])
-        time.sleep(seconds / 2)
-        self._stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            time.sleep(seconds / 4)
+            self._kill(self.replicas[0])
+            time.sleep(seconds / 4)
+            self._roll(self.replicas[1])
+            time.sleep(seconds / 2)
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
 
     def _kill(self, replica: Service) -> None:
         self.killed_at = time.monotonic()
@@ -151,6 +155,7 @@ class Simulation:
                 talk.acknowledged.append(asked)
             except (httpx.HTTPError, WebSocketException, OSError, Failed) as error:
                 talk.failed.append((time.monotonic(), asked, f"{ask.__name__}: {error!r}"))
+                time.sleep(PAUSE)
         caller.http.close()
 
     def failures(self) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.context import fit, without_overlap
+from chat.context import fit, newest, without_overlap
 from chat.errors import BadRequest
 from chat.history import Exchange
 from chat.messages import Message
@@ -99,3 +99,11 @@ def test_a_long_conversation_changes_its_beginning_rarely(costs: list[int]) -> N
     assert changes <= sum(costs) / 20, (
         "each change frees a quarter, 50 tokens, but for one exchange"
     )
+
+
+def test_only_so_many_messages_of_the_history_are_looked_at() -> None:
+    history = [Exchange(tuple(Message("user", "m") for _ in range(size))) for size in (1, 5, 3, 2)]
+    assert newest(history, 100) == history
+    assert newest(history, 5) == history[2:]
+    assert newest(history, 1) == []
+    assert newest([], 5) == []

@@ -338,3 +338,11 @@ def test_requests_that_cross_each_store_a_whole_exchange(
             reply == f"You said: {asked}"
             for asked, reply in zip(before[::2], before[1::2], strict=True)
         )
+
+
+def test_a_conversation_of_many_messages_goes_on(service: Service, conversation: str) -> None:
+    many = [{"role": "user", "content": f"m{number}"} for number in range(1000)]
+    for _ in range(2):
+        asked = {"messages": many, "conversation": conversation}
+        assert service.http.post("/chat", json=asked).status_code == 200
+    assert service.reply("and now", conversation) == "You said: and now"
