@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,19 +80,14 @@ class Simulation:
         self.killed_at = float("inf")
         self._stop = threading.Event()
 
-    def _replica(self, port: int | None = None) -> Service:
-        replica = Service(
+    def _replica(self) -> Service:
+        return Service(
             GROQ_BASE_URL=self.groq.url,
             HISTORY_STORE="redis",
             REDIS_ADDR=self.redis.address,
             MAX_EXCHANGES=1000,
             DRAIN_DELAY=1,
-            **({"PORT": port} if port else {}),
         )
-        if port:
-            replica.port, replica.url = port, f"http://127.0.0.1:{port}"
-            replica.http = httpx.Client(base_url=replica.url)
-        return replica
 
     def _balance(self, stack: ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -142,6 +136,7 @@ class Simulation:
     def _start_again(self, replica: Service) -> None:
         replica.process.end()
         replica.http.close()
+        replica.http = httpx.Client(base_url=replica.url)
         replica.__enter__()
 
     def _talk(self, talk: Talk) -> None:
@@ -214,12 +209,10 @@ def report(simulation: Simulation) -> None:
     chats = sum(len(talk.acknowledged) for talk in simulation.talks)
     failed = sum(len(talk.failed) for talk in simulation.talks)
     print(f"{len(simulation.talks)} callers, {chats} chats, {failed} on the killed replica")
-    commands = Counter[str]()
     with simulation.redis.client() as client:
         statistics: dict[str, dict[str, float]] = client.info("commandstats")
         for name in ("lrange", "pexpire", "eval", "get", "set"):
             calls = statistics.get(f"cmdstat_{name}", {"calls": 0, "usec": 0})
-            commands[name] = int(calls["calls"])
             per_chat = calls["calls"] / chats
             each = calls["usec"] / max(1, calls["calls"])
             print(f"redis {name}: {per_chat:.2f} a chat, {each:.1f} us each")
