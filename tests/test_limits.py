@@ -228,3 +228,48 @@ def test_too_many_replies_to_one_client_are_a_429(
         groq.release()
         list(events)
     wait_until(lambda: service.chat("another").status_code == 200)
+
+
+def test_the_addresses_of_one_ipv6_network_share_their_places(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(MAX_CONCURRENT_PER_CLIENT=1, TRUSTED_PROXIES="127.0.0.1")
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    headers = {"x-forwarded-for": "2001:db8::1"}
+    asked = body("held", stream=True)
+    with service.http.stream("POST", "/chat", json=asked, headers=headers) as answer:
+        pieces = answer.iter_bytes()
+        next(pieces)
+        assert statuses(service, 1, **{"x-forwarded-for": "2001:db8::2"}) == [429]
+        assert statuses(service, 1, **{"x-forwarded-for": "2001:db8:0:1::2"}) == [200]
+        groq.release()
+
+
+def test_bad_messages_on_a_websocket_count_too(start_service: StartService) -> None:
+    service = start_service(RATE_LIMIT="3/day")
+    with service.socket() as socket:
+        for _ in range(3):
+            socket.send("{}")
+            assert "messages" in json.loads(socket.recv(5))["error"]
+        socket.send("{}")
+        assert "are allowed" in json.loads(socket.recv(5))["error"]
+
+
+@pytest.mark.parametrize("message", ["{}", '{"cancel":true}'])
+def test_a_websocket_that_asks_for_nothing_is_closed(service: Service, message: str) -> None:
+    with service.socket() as socket:
+        for _ in range(101):
+            socket.send(message)
+        error = json.loads(socket.recv(5))["error"]
+        while "in a row" not in error:
+            error = json.loads(socket.recv(5))["error"]
+        assert closing_code(socket) == 1008
+
+
+def test_another_limit_begins_with_a_full_bucket(
+    start_service: StartService, redis_server: RedisServer
+) -> None:
+    for rate in ("1/day", "1/minute"):
+        service = start_service(RATE_LIMIT=rate, REDIS_ADDR=redis_server.address)
+        wait_until(lambda service=service: service.metric("redis_up") == 1)  # type: ignore[misc]
+        assert statuses(service, 2) == [200, 429]
