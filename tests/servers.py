@@ -155,9 +155,8 @@ class Service:
         return [sys.executable, "server.py"]
 
     def __enter__(self) -> Self:
-        self.process = Process(self.command, environment(self._settings), ROOT)
         self.http = httpx.Client(base_url=self.url, timeout=30)
-        wait_until(self._is_up, START_TIMEOUT)
+        self.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -165,6 +164,11 @@ class Service:
         self.process.end()
         leaked = [secret for secret in SECRETS if secret in self.process.output]
         assert not leaked, f"logged: {leaked}"
+
+    def start(self) -> None:
+        """Start the process; another one on the same port, where the first has ended."""
+        self.process = Process(self.command, environment(self._settings), ROOT)
+        wait_until(self._is_up, START_TIMEOUT)
 
     def _is_up(self) -> bool:
         assert self.process.is_running, self.process.output
