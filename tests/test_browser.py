@@ -280,6 +280,40 @@ def test_a_reply_that_a_lost_connection_cuts_can_be_tried_again(
         expect(chat.replies.last).to_have_text("ab")
 
 
+def test_a_message_of_which_nothing_was_heard_is_sent_once_more(
+    browser: Browser, groq: FakeGroq
+) -> None:
+    groq.on("silent", Script(["now"], hold_before_token=0))
+    with (
+        Service(GROQ_BASE_URL=groq.url) as service,
+        open_chat(browser, service) as chat,
+    ):
+        chat.say("silent")
+        groq.wait_for_request("silent")
+        service.process.send_signal(signal.SIGKILL)
+        service.process.end()
+        groq.release()
+        service.start()
+        expect(chat.replies.last).to_have_text("now", timeout=15_000)
+        assert len(groq.asked("silent")) == 2
+
+
+def test_stop_does_not_wait_for_a_service_that_hangs(browser: Browser, groq: FakeGroq) -> None:
+    groq.on("slow", Script(["a", "b"], hold_before_token=1))
+    with (
+        Service(GROQ_BASE_URL=groq.url) as service,
+        open_chat(browser, service) as chat,
+    ):
+        chat.page.clock.install()
+        chat.say("slow")
+        expect(chat.replies.last).to_have_text("a")
+        service.process.send_signal(signal.SIGSTOP)
+        chat.stop.click()
+        chat.page.clock.fast_forward("00:06")
+        expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
+        service.process.send_signal(signal.SIGCONT)
+
+
 def test_a_message_waits_for_a_service_that_restarts(browser: Browser, groq: FakeGroq) -> None:
     with (
         Service(GROQ_BASE_URL=groq.url) as service,
@@ -349,7 +383,7 @@ def test_a_hidden_page_does_not_go_on_reconnecting(browser: Browser, groq: FakeG
         attempts: list[WebSocket] = []
         chat.ask("before")
         chat.page.clock.install()
-        chat.page.on("websocket", lambda socket: attempts.append(socket))
+        chat.page.on("websocket", lambda socket: attempts.append(socket))  # noqa: PLW0108
         hide(chat.page, is_hidden=True)
         service.process.end()
         expect(chat.page.get_by_text("Reconnecting…")).to_be_attached()

@@ -74,13 +74,39 @@ def shape(page: Page, text: str) -> str:
          "</tr><tr><td>only</td><td></td></tr></tbody></table></div>"),
         ("a | b\nno table", "<p>a | b<br>no table</p>"),
         ("```python\nif a:\n\tb\n\n", "<div><div><span>python</span><button>Copy</button></div>"
-         "<pre><code>if a:\n\tb\n\n</code></pre></div>"),
+         "<pre><code><span>if</span> a:\n\tb\n\n</code></pre></div>"),
         ("~~~\n```\n~~~\nafter", "<div><div><span>text</span><button>Copy</button></div>"
          "<pre><code>```</code></pre></div><p>after</p>"),
     ],
 )  # fmt: skip
 def test_markdown_becomes_elements(renderer: Page, text: str, expected: str) -> None:
     assert shape(renderer, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "kinds"),
+    [
+        ("python", "def f(x):  # why\n    return 'a'", {
+            "keyword": ["def", "return"], "call": ["f"], "comment": ["# why"], "string": ["'a'"]}),
+        ("python", 'x = """a\nb', {"string": ['"""a\nb']}),
+        ("js", "if (a) b(1.5); // c\n/* d\n", {
+            "keyword": ["if"], "call": ["b"], "number": ["1.5"], "comment": ["// c", "/* d\n"]}),
+        ("SQL", "SELECT count(*) -- all", {
+            "keyword": ["SELECT"], "call": ["count"], "comment": ["-- all"]}),
+        ("bash", "echo ${a#b} # c", {"keyword": ["echo"], "comment": ["# c"]}),
+        ("js", "a.with(for_)", {"call": ["with"]}),
+        ("klingon", "if (x) 'y' # z", {}),
+    ],
+)  # fmt: skip
+def test_code_has_colours_and_stays_the_same_text(
+    renderer: Page, language: str, code: str, kinds: dict[str, list[str]]
+) -> None:
+    block = renderer.evaluate_handle(RENDER, f"```{language}\n{code}\n```")
+    found: list[list[str]] = block.evaluate(
+        "(node) => [...node.querySelectorAll('pre span')].map((x) => [x.className, x.textContent])"
+    )
+    assert block.evaluate("(node) => node.querySelector('pre').textContent") == code
+    assert {name: [text for kind, text in found if kind == name] for name, _ in found} == kinds
 
 
 @pytest.mark.parametrize("text", [RICH, HOSTILE], ids=["rich", "hostile"])
@@ -106,7 +132,8 @@ def test_a_text_that_grows_shows_the_same_as_one_that_came_whole(renderer: Page,
 @pytest.mark.parametrize(
     "text",
     ["*", "_", "**a ", "*a_", "[", "[a](", "![", "](", "`", "`a``", "<", "> ", "- ", "1. ", "| ",
-     "\\", "~~", "# ", "```\n", "http://", "http://[", "https://a)", "\t- a\n", "\n", " ", "|-"],
+     "\\", "~~", "# ", "```\n", "http://", "http://[", "https://a)", "\t- a\n", "\n", " ", "|-",
+     "```js\n/*", "```js\n'\\", '```py\n"""', "1_", "``` py\n"],
 )  # fmt: skip
 def test_no_text_takes_long_or_nests_without_end(renderer: Page, text: str) -> None:
     depth = renderer.evaluate_handle(RENDER, text * (100_000 // len(text))).evaluate(

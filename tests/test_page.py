@@ -98,4 +98,4 @@ def test_no_text_becomes_html_or_code(name: str) -> None:
 
 
 def test_the_page_is_small() -> None:
-    assert sum(len((STATIC / name).read_bytes()) for name in FILES) < 64 << 10
+    assert sum(len((STATIC / name).read_bytes()) for name in FILES) < 80_000

@@ -22,7 +22,8 @@ export function patchChildren(node, fresh) {
 export function patchChild(parent, old, fresh) {
   if (!old) parent.append(fresh);
   else if (old.isEqualNode(fresh)) return;
-  else if (old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE) old.data = fresh.data;
+  else if (old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE)
+    old.data = fresh.data;
   else if (isSameElement(old, fresh)) patchChildren(old, [...fresh.childNodes]);
   else old.replaceWith(fresh);
 }

@@ -113,7 +113,7 @@ class InlineReader {
   #closingTicks(begin, length) {
     if (!this.#unclosedTicks.has(length)) {
       TICKS.lastIndex = begin;
-      for (let run; (run = TICKS.exec(this.text)); ) {
+      for (let run; (run = TICKS.exec(this.text));) {
         if (run[0].length === length) return run.index;
       }
       this.#unclosedTicks.add(length);
@@ -125,7 +125,9 @@ class InlineReader {
     const tag = this.place.isInCell && this.#match(BREAK_TAG);
     if (tag) this.#add(element("br"), this.#at + tag[0].length);
     const found = !tag && this.#match(ANGLED_LINK);
-    return Boolean(tag) || (found && this.#addLink(found[1], [found[1]], this.#at + found[0].length));
+    return (
+      Boolean(tag) || (found && this.#addLink(found[1], [found[1]], this.#at + found[0].length))
+    );
   }
 
   #readBareLink() {

@@ -5,6 +5,7 @@
 // with tables, and with each line end kept.
 
 import { element, patchChild } from "./dom.js";
+import { highlight } from "./highlight.js";
 import { inline } from "./inline.js";
 
 /** Deeper lists and quotes are shown as paragraphs: no text may nest elements without end. */
@@ -51,7 +52,7 @@ export function showMarkdown(container, text, isOpen = false) {
  */
 function blocksOf(lines, depth) {
   const blocks = [];
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     if (isBlank(lines[at])) {
       at += 1;
       continue;
@@ -65,7 +66,8 @@ function blocksOf(lines, depth) {
 
 function readBlock(lines, at, depth) {
   const kind = kindAt(lines, at);
-  if (depth >= MAX_DEPTH && (kind === readList || kind === readQuote)) return readParagraph(lines, at);
+  if (depth >= MAX_DEPTH && (kind === readList || kind === readQuote))
+    return readParagraph(lines, at);
   return kind(lines, at, depth);
 }
 
@@ -90,10 +92,17 @@ function readParagraph(lines, at) {
   let end = at + 1;
   while (end < lines.length && !isBlank(lines[end]) && !interrupts(lines, end)) end += 1;
   const own = lines.slice(at, end);
-  const text = own.map((line) => line.trimStart()).join("\n").trimEnd();
+  const text = own
+    .map((line) => line.trimStart())
+    .join("\n")
+    .trimEnd();
   const build = (isOpen) =>
     isOpen && mayBecomeTable(own)
-      ? tableOf(own[0], cellsOf(own[0]).map(() => ""), [])
+      ? tableOf(
+          own[0],
+          cellsOf(own[0]).map(() => ""),
+          [],
+        )
       : element("p", {}, ...inline(text, { isOpen }));
   return { end, build };
 }
@@ -114,10 +123,16 @@ function interrupts(lines, at) {
 
 function readHeading(lines, at) {
   const [all, marks] = HEADING.exec(lines[at]);
-  const text = lines[at].slice(all.length).trim().replace(/(^|\s)#+$/, "");
+  const text = lines[at]
+    .slice(all.length)
+    .trim()
+    .replace(/(^|\s)#+$/, "");
   // One level for a screen reader, since a reply may begin with any; its size tells the rest.
   const attributes = { class: `level-${marks.length}` };
-  return { end: at + 1, build: (isOpen) => element("h3", attributes, ...inline(text.trim(), { isOpen })) };
+  return {
+    end: at + 1,
+    build: (isOpen) => element("h3", attributes, ...inline(text.trim(), { isOpen })),
+  };
 }
 
 function isRule(line) {
@@ -141,8 +156,14 @@ function readFence(lines, at) {
   let end = at + 1;
   while (end < lines.length && !isFenceEnd(lines[end], fence)) end += 1;
   const indent = indentOf(lines[at]);
-  const code = lines.slice(at + 1, end).map((line) => withoutIndent(line, indent)).join("\n");
-  return { end: Math.min(end + 1, lines.length), build: () => codeBlock(code, info.trim().split(/\s/)[0]) };
+  const code = lines
+    .slice(at + 1, end)
+    .map((line) => withoutIndent(line, indent))
+    .join("\n");
+  return {
+    end: Math.min(end + 1, lines.length),
+    build: () => codeBlock(code, info.trim().split(/\s/)[0]),
+  };
 }
 
 function isFenceEnd(line, fence) {
@@ -161,14 +182,22 @@ function codeBlock(code, language) {
       element("span", {}, language || "text"),
       element("button", { type: "button", class: "copy-code" }, "Copy"),
     ),
-    element("pre", { dir: "ltr", tabindex: "0", role: "group", "aria-label": name }, element("code", {}, code)),
+    element(
+      "pre",
+      { dir: "ltr", tabindex: "0", role: "group", "aria-label": name },
+      element("code", {}, ...highlight(code, language)),
+    ),
   );
 }
 
 function isTable(lines, at) {
-  if (at + 1 >= lines.length || !lines[at].includes("|") || !lines[at + 1].includes("-")) return false;
+  if (at + 1 >= lines.length || !lines[at].includes("|") || !lines[at + 1].includes("-"))
+    return false;
   const delimiters = cellsOf(lines[at + 1]);
-  return delimiters.every((cell) => ALIGNMENT.test(cell)) && delimiters.length === cellsOf(lines[at]).length;
+  return (
+    delimiters.every((cell) => ALIGNMENT.test(cell)) &&
+    delimiters.length === cellsOf(lines[at]).length
+  );
 }
 
 function readTable(lines, at) {
@@ -193,7 +222,11 @@ function tableOf(head, sides, lines) {
 
 function tableRow(name, sides, line) {
   const cells = cellsOf(line);
-  return element("tr", {}, ...sides.map((side, index) => tableCell(name, side, cells[index] ?? "")));
+  return element(
+    "tr",
+    {},
+    ...sides.map((side, index) => tableCell(name, side, cells[index] ?? "")),
+  );
 }
 
 function tableCell(name, side, text) {
@@ -222,11 +255,18 @@ function readList(lines, at, depth) {
   const first = markerAt(lines, at);
   const items = [];
   let end = at;
-  for (let marker = first; isSibling(marker, first); marker = markerAt(lines, skipBlank(lines, end))) {
+  for (
+    let marker = first;
+    isSibling(marker, first);
+    marker = markerAt(lines, skipBlank(lines, end))
+  ) {
     const begin = skipBlank(lines, end);
     end = endOfItem(lines, begin, marker);
     const [head, ...rest] = lines.slice(begin, end);
-    items.push([head.slice(marker.width), ...rest.map((line) => withoutIndent(line, marker.width))]);
+    items.push([
+      head.slice(marker.width),
+      ...rest.map((line) => withoutIndent(line, marker.width)),
+    ]);
   }
   const build = (isOpen) => {
     const children = items.map((item, index) =>

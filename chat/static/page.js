@@ -13,7 +13,9 @@ const RETOLD_CHARACTERS = 50_000;
 const SPOKEN_CHARACTERS = 1000;
 
 const byId = (id) => document.getElementById(id);
-const [log, form, field, notice, status] = ["log", "composer", "message", "notice", "status"].map(byId);
+const [log, form, field, notice, status] = ["log", "composer", "message", "notice", "status"].map(
+  byId,
+);
 
 const session = new Session();
 const connection = new Connection(address("chat", "ws"), showConnection);
@@ -122,8 +124,13 @@ async function isForgotten() {
 /** Return the newest of the messages that were stored, as far as a request may hold them. */
 function storedBefore() {
   let room = RETOLD_CHARACTERS;
-  const newest = exchanges.filter(({ isStored }) => isStored).slice(-RETOLD_EXCHANGES).reverse();
-  const taken = newest.filter(({ question, reply }) => (room -= question.length + reply.length) > 0);
+  const newest = exchanges
+    .filter(({ isStored }) => isStored)
+    .slice(-RETOLD_EXCHANGES)
+    .reverse();
+  const taken = newest.filter(
+    ({ question, reply }) => (room -= question.length + reply.length) > 0,
+  );
   return taken.reverse().flatMap(({ question, reply }) => [
     { role: "user", content: question },
     { role: "assistant", content: reply },
@@ -208,7 +215,8 @@ function fitField() {
 const isTouched = window.matchMedia("(hover: none) and (pointer: coarse)");
 
 function pressed(event) {
-  const isSend = event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouched.matches;
+  const isSend =
+    event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouched.matches;
   if (!isSend) return;
   event.preventDefault();
   form.requestSubmit();

@@ -37,7 +37,9 @@ export class Session {
 /** crypto.randomUUID needs https, which a service on a private network may not have. */
 function randomId() {
   const bytes = crypto.getRandomValues(new Uint8Array(ID_BYTES));
-  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_");
+  return btoa(String.fromCharCode(...bytes))
+    .replaceAll("+", "-")
+    .replaceAll("/", "_");
 }
 
 /** Return the tab's storage, or one that lasts until a reload where the browser denies it. */
