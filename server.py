@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 from uvicorn.config import STARTUP_FAILURE
@@ -52,6 +52,7 @@ from chat.link import Link, open_link
 from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
+from chat.page import ChatPage
 from chat.protocols import HTTPProtocol, WebSocketProtocol
 from chat.service import ChatService
 from chat.shared_history import SharedHistory
@@ -95,6 +96,11 @@ async def conversation(request: Request) -> Response:
     return MessagesResponse(await service.messages_of(conversation_id))
 
 
+async def page(request: Request) -> Response:
+    chat_page: ChatPage = request.app.state.page
+    return chat_page.answer(request)
+
+
 async def health(request: Request) -> Response:
     return PlainTextResponse("OK")
 
@@ -120,6 +126,7 @@ async def openapi(request: Request) -> Response:
     return Response(OPENAPI.read_bytes(), media_type="application/yaml")
 
 
+PAGE = [Route("/", page), Route("/static/{file}", page)]
 METRICS = Route("/metrics", show_metrics)
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "POST", "DELETE"],
@@ -127,6 +134,7 @@ CORS: dict[str, Any] = {
     "expose_headers": ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
 }
 ROUTES = [
+    *PAGE,
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", chat_socket),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
@@ -233,14 +241,22 @@ def create_app(settings: Settings) -> Starlette:
     if settings.allowed_origins:
         layers.append(Middleware(CORSMiddleware, allow_origins=settings.allowed_origins, **CORS))
     app = ChatApp(
-        routes=[each for each in ROUTES if not (settings.metrics_port and each is METRICS)],
+        routes=routes_of(settings),
         lifespan=lifespan,
         middleware=layers,
         exception_handlers={ChatError: chat_error, HTTPException: routing_error},
     )
     app.router.redirect_slashes = False
     app.state.settings = settings
+    app.state.page = ChatPage() if settings.chat_page else None
     return app
+
+
+def routes_of(settings: Settings) -> list[BaseRoute]:
+    """Return the routes that the settings leave on."""
+    off = [METRICS] if settings.metrics_port else []
+    off += [] if settings.chat_page else PAGE
+    return [each for each in ROUTES if each not in off]
 
 
 def settings_or_exit() -> Settings:

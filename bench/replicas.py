@@ -135,9 +135,7 @@ class Simulation:
 
     def _start_again(self, replica: Service) -> None:
         replica.process.end()
-        replica.http.close()
-        replica.http = httpx.Client(base_url=replica.url)
-        replica.__enter__()
+        replica.start()
 
     def _talk(self, talk: Talk) -> None:
         caller, number = Caller(self.front.port), 0

@@ -193,6 +193,7 @@ class Settings:
     web_concurrency: int = setting(integer(1, 1000), 1)
     metrics_port: int = setting(integer(0, 65_535), 0)
     log_level: str = setting(LEVEL, "info")
+    chat_page: bool = setting(BOOLEAN, True)
     redis_addr: str = setting(REDIS_ADDRESS, "redis:6379")
     redis_password: str = setting(ANY_SECRET, "")
 

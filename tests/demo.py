@@ -14,7 +14,8 @@ PORT = os.environ.get("PORT", "8000")
 URL = f"http://127.0.0.1:{PORT}"
 BODY = '{"messages":[{"role":"user","content":"Hello!"}]}'
 TRY = f"""
-The service listens on {URL}, in front of a stand-in that echoes. Try:
+The service listens on {URL}, in front of a stand-in that echoes.
+Open that in a browser to chat, or try:
 
   curl -s {URL}/chat -d '{BODY}'
   curl -sN {URL}/chat?stream=true -d '{BODY}'

@@ -212,9 +212,13 @@ class Service(Caller):
         return [sys.executable, "server.py"]
 
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the process; another one on the same port, where the first has ended."""
         self.process = Process(self.command, environment(self._settings), ROOT)
         wait_until(self._is_up, START_TIMEOUT)
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.http.close()

@@ -12,7 +12,7 @@ LEVELS = [
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits", "shared_history"],
     ["upstream", "middleware"],
-    ["service", "http", "protocols"],
+    ["service", "http", "protocols", "page"],
     ["origins", "drain"],
     ["websocket"],
     ["server"],
@@ -21,7 +21,16 @@ MODULES = {path.stem: path for path in [*ROOT.glob("chat/*.py"), ROOT / "server.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 HOMES = {
-    "starlette": {"config", "connection", "http", "middleware", "origins", "websocket", "server"},
+    "starlette": {
+        "config",
+        "connection",
+        "http",
+        "middleware",
+        "origins",
+        "page",
+        "websocket",
+        "server",
+    },
     "uvicorn": {"server", "protocols", "workers"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},

@@ -1,0 +1,188 @@
+// The WebSocket: one question at a time, and a connection that comes back by itself.
+
+/** Close codes, as the service uses them. */
+const IDLE = 1001;
+const NOT_ALLOWED = 1008;
+const TOO_BUSY = 1013;
+
+const FIRST_WAIT = 500;
+const LONGEST_WAIT = 20_000;
+/** Milliseconds after which a connection that breaks is not counted as one more failed attempt. */
+const STABLE = 1_000;
+/** Milliseconds that a question waits for a connection. */
+const DELIVERY = 10_000;
+/** Milliseconds that the service has to end a reply that was stopped. */
+const STOPPING = 5_000;
+
+const UNREACHABLE = "The service cannot be reached.";
+const LOST = "The connection was lost.";
+
+/**
+ * @typedef {object} Question
+ * @property {() => Promise<object>} request makes the request, once there is a connection.
+ * @property {(token: string) => void} onToken
+ * @property {(isStopped: boolean) => void} onDone
+ * @property {(message: string) => void} onError
+ */
+
+export class Connection {
+  #url;
+  #onChange;
+  #socket = null;
+  #openedAt = 0;
+  #failures = 0;
+  /** The timer of the next attempt; "visible" where that waits until the page is looked at. */
+  #retry = null;
+  /** Why the service will not have this page at all. */
+  #refusal = null;
+  #lastWords = UNREACHABLE;
+  /** The question that waits for its reply, and how far it has come. */
+  #asked = null;
+
+  /** How often it was lost; after each time the service may be another one. */
+  losses = 0;
+
+  /**
+   * @param {string} url
+   * @param {(state: "open" | "resting" | "lost") => void} onChange
+   */
+  constructor(url, onChange) {
+    this.#url = url;
+    this.#onChange = onChange;
+    document.addEventListener("visibilitychange", () => this.wake());
+    window.addEventListener("online", () => this.#retry && this.#connect());
+  }
+
+  /** Connect, unless that is so already or will be soon. */
+  wake() {
+    const isDue = this.#retry === null || (this.#retry === "visible" && !document.hidden);
+    if (isDue) this.#connect();
+  }
+
+  #connect() {
+    if (this.#socket || this.#refusal) return;
+    clearTimeout(this.#retry);
+    this.#retry = null;
+    const socket = new WebSocket(this.#url);
+    this.#socket = socket;
+    this.#openedAt = Date.now();
+    socket.addEventListener("open", () => socket === this.#socket && this.#opened());
+    socket.addEventListener("message", ({ data }) => socket === this.#socket && this.#hear(data));
+    socket.addEventListener("close", ({ code }) => socket === this.#socket && this.#lose(code));
+  }
+
+  /** @param {Question} question which waits until there is a connection */
+  ask(question) {
+    const deadline = setTimeout(() => this.#fail(UNREACHABLE), DELIVERY);
+    this.#asked = { ...question, deadline, attempts: 0 };
+    if (this.#refusal) return this.#fail(this.#refusal);
+    this.#connect();
+    if (this.#isOpen) this.#deliver();
+  }
+
+  /** Stop the reply; what has come of it is kept. */
+  stop() {
+    const asked = this.#asked;
+    if (!asked) return;
+    if (!asked.isSent) return this.#end().onDone(true);
+    asked.isStopped = true;
+    this.#socket.send(JSON.stringify({ cancel: true }));
+    asked.deadline = setTimeout(() => this.#lose(0), STOPPING);
+  }
+
+  /** Forget the question, and whatever still comes of its reply. */
+  abandon() {
+    if (!this.#asked) return;
+    const { isSent } = this.#end();
+    if (!isSent) return;
+    this.#disconnect();
+    this.#connect();
+  }
+
+  get #isOpen() {
+    return this.#socket?.readyState === WebSocket.OPEN;
+  }
+
+  #opened() {
+    this.#onChange("open");
+    if (this.#asked) this.#deliver();
+  }
+
+  async #deliver() {
+    const asked = this.#asked;
+    const socket = this.#socket;
+    const request = JSON.stringify(await asked.request());
+    if (asked !== this.#asked || asked.isSent || socket !== this.#socket || !this.#isOpen) return;
+    clearTimeout(asked.deadline);
+    asked.isSent = true;
+    asked.attempts += 1;
+    socket.send(request);
+  }
+
+  #hear(data) {
+    const message = JSON.parse(data);
+    if (!this.#asked?.isSent) {
+      this.#lastWords = message.error ?? UNREACHABLE; // a close is about to follow
+      return;
+    }
+    this.#asked.isAnswered = true;
+    if ("token" in message) this.#asked.onToken(message.token);
+    else if ("error" in message) this.#fail(message.error);
+    else this.#end().onDone("cancelled" in message);
+  }
+
+  #lose(code) {
+    this.#disconnect();
+    this.#failures = Date.now() - this.#openedAt > STABLE ? 0 : this.#failures + 1;
+    if (code === TOO_BUSY) this.#failures = Math.max(this.#failures, 4);
+    if (code === NOT_ALLOWED) return this.#giveUp();
+    this.#takeBack();
+    if (code === IDLE && !this.#asked) return this.#onChange("resting");
+    this.#onChange("lost");
+    this.#reconnect();
+  }
+
+  #disconnect() {
+    const socket = this.#socket;
+    this.#socket = null;
+    this.losses += 1;
+    socket?.close();
+  }
+
+  #giveUp() {
+    this.#refusal = this.#lastWords;
+    this.#onChange("resting");
+    if (this.#asked) this.#fail(this.#refusal);
+  }
+
+  /** See to the question that a lost connection leaves behind. */
+  #takeBack() {
+    if (!this.#asked?.isSent) return;
+    // Nothing was heard of it, so that it is asked once more: a connection may have been dead long
+    // before that showed. The service keeps nothing of a question whose caller has gone.
+    const { isAnswered, isStopped, attempts } = this.#asked;
+    if (isAnswered || isStopped || attempts > 1) return this.#fail(LOST);
+    this.#asked.isSent = false;
+    this.#asked.deadline = setTimeout(() => this.#fail(UNREACHABLE), DELIVERY);
+  }
+
+  #reconnect() {
+    if (document.hidden && !this.#asked) {
+      this.#retry = "visible";
+      return;
+    }
+    const wait = Math.min(LONGEST_WAIT, FIRST_WAIT * 2 ** this.#failures);
+    this.#retry = setTimeout(() => this.#connect(), wait * (0.5 + Math.random() / 2));
+  }
+
+  #end() {
+    const asked = this.#asked;
+    clearTimeout(asked.deadline);
+    this.#asked = null;
+    return asked;
+  }
+
+  #fail(message) {
+    this.#end().onError(message);
+  }
+}

@@ -1,0 +1,49 @@
+// Keeps the newest line in sight while the reader is at the end, and never moves them elsewhere.
+
+/** Pixels from the end that still count as being there, for one who scrolls down to it. */
+const NEAR = 40;
+
+export class EndFollower {
+  #scroller;
+  #jump;
+  #isFollowing = true;
+  #lastTop = 0;
+
+  /**
+   * @param {HTMLElement} scroller
+   * @param {HTMLElement} content what grows in it
+   * @param {HTMLButtonElement} jump leads back to the end
+   */
+  constructor(scroller, content, jump) {
+    this.#scroller = scroller;
+    this.#jump = jump;
+    scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    jump.addEventListener("click", () => this.goToEnd());
+    const observer = new ResizeObserver(() => this.update());
+    observer.observe(scroller);
+    observer.observe(content);
+  }
+
+  goToEnd() {
+    this.#isFollowing = true;
+    this.update();
+  }
+
+  /** To be called when the content has grown. */
+  update() {
+    if (this.#isFollowing) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    this.#jump.hidden = this.#isFollowing;
+  }
+
+  #scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.#scroller;
+    const distance = scrollHeight - scrollTop - clientHeight;
+    const isDownward = scrollTop > this.#lastTop;
+    const isUpward = scrollTop < this.#lastTop;
+    // Content that shrinks moves the reader up as well, but leaves them at the very end.
+    if (distance < 2 || (isDownward && distance < NEAR)) this.#isFollowing = true;
+    else if (isUpward) this.#isFollowing = false;
+    this.#lastTop = scrollTop;
+    this.#jump.hidden = this.#isFollowing;
+  }
+}
