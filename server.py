@@ -9,10 +9,9 @@ Importing this module does nothing: `app` is made when it is first asked for.
 import asyncio
 import gc
 import re
-import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ from chat.page import ChatPage
 from chat.protocols import HTTPProtocol, WebSocketProtocol
 from chat.service import ChatService
 from chat.shared_history import SharedHistory
+from chat.side_server import running, serving
 from chat.tokens import TokenCounts
 from chat.upstream import Upstream
 from chat.websocket import ChatSocket
@@ -172,7 +172,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.service = service
         app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
         if settings.metrics_port:
-            await stack.enter_async_context(metrics_server(app))
+            address, is_shared = (HOST, settings.metrics_port), settings.web_concurrency > 1
+            side = serving(metrics_app(app), address, is_shared=is_shared)
+            await stack.enter_async_context(side)
         gc.freeze()  # what is there now stays: no collection needs to look at it again
         yield
 
@@ -190,39 +192,11 @@ def open_history(settings: Settings, link: Link | None) -> History:
     )
 
 
-@asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something in the background, and cancel it at the end."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-class SideServer(uvicorn.Server):
-    """A server within another's process, which leaves the signals to that one."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@asynccontextmanager
-async def metrics_server(app: Starlette) -> AsyncIterator[None]:
-    """Serve the metrics on a port of their own."""
-    side = Starlette(routes=[METRICS])
-    side.state = app.state
-    port = app.state.settings.metrics_port
-    config = uvicorn.Config(side, HOST, port, log_config=None, lifespan="off", access_log=False)
-    server = SideServer(config)
-    # Each worker listens on the port, and any of them shows the figures of all.
-    is_shared = app.state.settings.web_concurrency > 1
-    listener = socket.create_server((HOST, port), reuse_port=is_shared)
-    async with running(server.serve(sockets=[listener])):
-        yield
-        server.should_exit = True
+def metrics_app(app: Starlette) -> Starlette:
+    """Make what shows the same metrics, and nothing else."""
+    alone = Starlette(routes=[METRICS])
+    alone.state = app.state
+    return alone
 
 
 class ChatApp(Starlette):

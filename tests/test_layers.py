@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "logs", "metrics", "watchdog", "quota"],
-    ["config", "messages", "link", "connection", "breaker", "signals", "workers"],
+    ["config", "messages", "link", "connection", "breaker", "signals", "side_server", "workers"],
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits", "shared_history"],
     ["upstream", "middleware"],
@@ -30,8 +30,9 @@ HOMES = {
         "page",
         "websocket",
         "server",
+        "side_server",
     },
-    "uvicorn": {"server", "protocols", "workers"},
+    "uvicorn": {"server", "protocols", "side_server", "workers"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},
