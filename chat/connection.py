@@ -1,5 +1,7 @@
 """The caller's end of a connection: it is cut when it takes nothing for too long."""
 
+from collections.abc import Callable
+
 from starlette.types import Message, Send
 
 from chat.watchdog import Watchdog
@@ -13,11 +15,14 @@ class CallerConnection:
         send: what the beginning of an answer goes through, for those who look at it.
         server_send: the server's own, for all that follows: each layer costs a coroutine a message.
         limit: seconds that one message may wait.
+
+    Attributes:
+        server_send: the same, for who watches over it by `watch`.
     """
 
     def __init__(self, send: Send, server_send: Send, limit: float) -> None:
         self._send = send
-        self._server_send = server_send
+        self.server_send = server_send
         self._limit = limit
         self._sending = 0
         self._sent = 0
@@ -29,15 +34,19 @@ class CallerConnection:
         finally:
             self._sending -= 1
             self._sent += 1
-            self._send = self._server_send
+            self._send = self.server_send
 
-    def watch(self) -> Watchdog:
-        """Cut the connection when a message waits too long."""
-        return Watchdog(
-            self._limit,
-            progress=lambda: self._sent if self._sending else object(),
-            on_silence=self.abort,
-        )
+    def watch(self, progress: Callable[[], object] | None = None) -> Watchdog:
+        """
+        Cut the connection when a message waits too long.
+
+        Args:
+            progress: gives the same for as long as a message waits that `send` knows nothing of.
+        """
+        return Watchdog(self._limit, progress or self._progress, self.abort)
+
+    def _progress(self) -> object:
+        return self._sent if self._sending else object()
 
     def abort(self) -> None:
         """
@@ -45,6 +54,6 @@ class CallerConnection:
 
         ASGI has no word for it, so uvicorn's transport is asked, which its `send` belongs to.
         """
-        transport = getattr(getattr(self._server_send, "__self__", None), "transport", None)
+        transport = getattr(getattr(self.server_send, "__self__", None), "transport", None)
         if transport:
             transport.abort()

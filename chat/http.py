@@ -14,7 +14,7 @@ from chat.errors import BodyTooLarge, BodyTooSlow, ChatError, Draining
 from chat.framing import DONE_EVENT, KEEP_ALIVE, sse_error, sse_events
 from chat.limits import RateLimiter
 from chat.messages import ChatRequest, Message
-from chat.middleware import add_headers, client_of, log_fields, server_send
+from chat.middleware import add_headers, client_of, connection_of, log_fields
 from chat.reply import Reply
 from chat.watchdog import Watchdog
 
@@ -135,14 +135,15 @@ class SSEReply(Response):
             await send(START)
             if not is_accepted:
                 await send(_body(KEEP_ALIVE))
-            direct = server_send(scope, send)
-            with Watchdog(interval, progress=lambda: reply.tokens_sent, on_silence=reply.wake):
+            caller = connection_of(scope)
+            keep_alive = Watchdog(interval, lambda: reply.tokens_sent, on_silence=reply.wake)
+            with keep_alive, caller.watch(reply.delivery):
                 await reply.relay(
-                    lambda tokens: direct(_body(sse_events(tokens))),
-                    on_wake=lambda: direct(_body(KEEP_ALIVE)),
+                    lambda tokens: caller.server_send(_body(sse_events(tokens))),
+                    on_wake=lambda: caller.send(_body(KEEP_ALIVE)),
                 )
             end = sse_error(reply.error.message) if reply.error else DONE_EVENT
-            await direct(_body(end, more_body=False))
+            await caller.send(_body(end, more_body=False))
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, object]:

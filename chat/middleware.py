@@ -38,15 +38,10 @@ def log_fields(scope: Scope) -> dict[str, Any]:
     return fields
 
 
-def server_send(scope: Scope, send: Send) -> Send:
-    """
-    Return the server's own `send`, for what follows the beginning of a stream.
-
-    Layers of ours and of Starlette's wrap `send`, to look at how an answer begins. Each costs a
-    coroutine a message, and has nothing to do with what follows.
-    """
-    direct: Send = scope.get("chat.send", send)
-    return direct
+def connection_of(scope: Scope) -> CallerConnection:
+    """Return the connection that the request came on."""
+    connection: CallerConnection = scope["chat.connection"]
+    return connection
 
 
 class RequestMiddleware:
@@ -64,7 +59,7 @@ class RequestMiddleware:
         self._find_client(scope)
         server_send = scope.get("chat.server_send", send)
         connection = CallerConnection(send, server_send, self._settings.send_timeout)
-        scope["chat.send"] = connection.send
+        scope["chat.connection"] = connection
         started_at = time.perf_counter()
         status = CallerLeft.status  # until an answer begins
 

@@ -80,11 +80,7 @@ class Reply:
     async def deliver(self) -> None:
         """Write what has been added to the caller, if a transport is there."""
         if self._write is not None:
-            self.is_delivering = True
-            try:
-                await self._flush(self._write)
-            finally:
-                self.is_delivering = False
+            await self._flush(self._write)
 
     def keep_what_was_sent(self) -> None:
         """Drop the tokens that no transport has written."""
@@ -209,9 +205,17 @@ class Reply:
         return {name: value for name, value in fields.items() if value is not None}
 
     async def _flush(self, write: Write) -> None:
-        while tokens := self._tokens[self._sent :]:
-            await write(tokens)
-            self._sent += len(tokens)
+        self.is_delivering = True
+        try:
+            while tokens := self._tokens[self._sent :]:
+                await write(tokens)
+                self._sent += len(tokens)
+        finally:
+            self.is_delivering = False
+
+    def delivery(self) -> object:
+        """Return the same for as long as one write waits for the caller."""
+        return self._sent if self.is_delivering else object()
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()

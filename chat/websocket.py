@@ -23,7 +23,7 @@ from chat.errors import (
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.limits import RateLimiter
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import TEXTS, client_of, record_message, server_send
+from chat.middleware import TEXTS, client_of, connection_of, record_message
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class ChatSocket:
         settings: Settings,
     ) -> None:
         self._websocket = websocket
-        self._send = server_send(websocket.scope, websocket.send)
+        self._caller = connection_of(websocket.scope)
         self._reply_to = reply_to
         self._limiter = limiter
         self._drain = drain
@@ -176,7 +176,8 @@ class ChatSocket:
 
     async def _relay(self, reply: Reply) -> None:
         try:
-            await reply.relay(partial(self._write, reply))
+            with self._caller.watch(reply.delivery):
+                await reply.relay(partial(self._write, reply))
             if reply.error:
                 await self._fail(reply.error)
             else:
@@ -192,9 +193,9 @@ class ChatSocket:
         texts = [socket_token(token) for token in tokens]
         try:
             if TEXTS in self._websocket.scope.get("extensions", ()):
-                return await self._send({"type": TEXTS, "texts": texts})
+                return await self._caller.server_send({"type": TEXTS, "texts": texts})
             for text in texts:
-                await self._send({"type": "websocket.send", "text": text})
+                await self._caller.server_send({"type": "websocket.send", "text": text})
         except CLOSED:
             reply.abandon()
 
