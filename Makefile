@@ -6,16 +6,20 @@ VENV := .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo run test test-integration bench soak check audit clean
+.PHONY: help demo run test test-integration bench soak check audit clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@echo "PYTHON=python3.13 takes another Python, PORT=9000 another port."
 
 demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
-	@PORT=$(PORT) $(BIN)/python -m tests.demo
+	@PORT=$(PORT) exec $(BIN)/python -m tests.demo
 
 run: $(READY)  ## the service on port 8000, in front of Groq
-	@PORT=$(PORT) $(BIN)/python server.py
+	@PORT=$(PORT) exec $(BIN)/python server.py
 
-test: $(READY)  ## all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term-missing
+test: $(READY)  ## all tests, four files at a time, with coverage
+	$(BIN)/python -m pytest -n 4 --dist loadfile --cov --cov-report=term-missing
 
 test-integration: $(READY)  ## the tests that talk to the real Groq; they need GROQ_API_KEY
 	$(BIN)/python -m pytest tests/test_integration.py

@@ -34,21 +34,20 @@ class Kind:
 
 
 def integer(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        if not low <= (number := int(text)) <= high:
-            raise ValueError
-        return number
-
-    return Kind(parse, f"a whole number from {low:,} to {high:,}")
+    return Kind(within(int, low, high), f"a whole number from {low:,} to {high:,}")
 
 
 def seconds(low: float, high: float) -> Kind:
+    return Kind(within(float, low, high), f"a number of seconds from {low:g} to {high:g}")
+
+
+def within(convert: Callable[[str], float], low: float, high: float) -> Parse:
     def parse(text: str) -> float:
-        if not low <= (number := float(text)) <= high:
+        if not low <= (number := convert(text)) <= high:
             raise ValueError
         return number
 
-    return Kind(parse, f"a number of seconds from {low:g} to {high:g}")
+    return parse
 
 
 def matching(pattern: str, expected: str, *, secret: bool = False) -> Kind:
@@ -105,7 +104,7 @@ class Rate:
         return UNITS[self.unit]
 
     def __str__(self) -> str:
-        return f"{self.limit} requests per {self.unit}"
+        return f"{self.limit} request{'s' if self.limit > 1 else ''} per {self.unit}"
 
 
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
@@ -115,18 +114,24 @@ def rate(text: str) -> Rate | None:
     if not text:
         return None
     limit, _, unit = text.partition("/")
-    return Rate(integer(1, 1_000_000).parse(limit), unit) if UNITS[unit] else None
+    if unit not in UNITS:
+        raise ValueError
+    return Rate(integer(1, 1_000_000).parse(limit), unit)
 
 
 def networks(text: str) -> tuple[Network, ...]:
-    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    return tuple(map(ip_network, _parts(text)))
 
 
 def origins(text: str) -> tuple[str, ...]:
-    found = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    found = tuple(_parts(text.lower()))
     if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@]+", each) for each in found):
         raise ValueError
     return found
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}

@@ -16,7 +16,7 @@ ChatError
 ├── Draining                  503  this replica ends; closes a WebSocket with 1012
 ├── GroqError                 502
 │   ├── GroqUnreachable            no connection, or it broke before an answer
-│   ├── GroqRefused                an error status; knows `retry_after`
+│   ├── GroqRefused                an error status; knows `retry_after`; 429: the quota is used up
 │   ├── GroqFailed                 an error in mid-stream
 │   ├── GroqReplyBroken            not what the protocol says
 │   │   └── GroqReplyCut           ended before its end
@@ -40,7 +40,7 @@ class ChatError(Exception):
     status: ClassVar[int] = 500
     close_code: ClassVar[int | None] = None
     """The code that a WebSocket is closed with, or None where it stays open."""
-    reason: ClassVar[str] = "internal"
+    reason: str = "internal"
     """One word for logs and metrics."""
     retry_after: int | None = None
     """Seconds until another try makes sense, where that is known."""
@@ -97,7 +97,7 @@ class BodyTooSlow(ChatError):
     reason = "too_slow"
 
     def __init__(self, limit: float) -> None:
-        super().__init__(f"the body must arrive within {limit:g} seconds")
+        super().__init__(f"the body must arrive within {limit:g} s")
 
 
 class BodyTooLarge(ChatError):
@@ -114,7 +114,7 @@ class RateLimited(ChatError):
     reason = "rate_limited"
 
     def __init__(self, policy: str, retry_after: int) -> None:
-        super().__init__(f"at most {policy} are allowed; try again in {retry_after} s")
+        super().__init__(f"the limit is {policy}; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -124,7 +124,9 @@ class TooManyReplies(ChatError):
     retry_after = 1
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"at most {limit} replies at once for each client; wait for one to end")
+        super().__init__(
+            f"too many replies at once for one client, which may have {limit}; wait for one to end"
+        )
 
 
 class TooBusy(ChatError):
@@ -158,7 +160,6 @@ class Draining(ChatError):
 
 class GroqError(ChatError):
     status = 502
-    reason = "groq"
     is_temporary: bool = False
     """Whether asking once more may help."""
     is_of_model: bool = False
@@ -208,6 +209,8 @@ class GroqRefused(GroqError):
             what = "cannot be used at the moment"
         super().__init__(f"the language model service {what}")
         self.upstream_status = upstream_status
+        if upstream_status == 429:
+            self.reason = GroqQuotaUsedUp.reason
         self.retry_after = retry_after
         self.is_too_large = is_too_large
         self.is_temporary = upstream_status in TEMPORARY
@@ -230,6 +233,7 @@ class GroqFailed(GroqError):
 
 class GroqReplyBroken(GroqError):
     reason = "broken"
+    is_outage = True
 
     def __init__(self, what: str) -> None:
         super().__init__(f"the language model service {what}")
@@ -237,7 +241,7 @@ class GroqReplyBroken(GroqError):
 
 class GroqReplyCut(GroqReplyBroken):
     reason = "cut"
-    is_temporary = is_outage = True
+    is_temporary = True
 
     def __init__(self) -> None:
         super().__init__("cut its reply short")
@@ -301,3 +305,9 @@ class InternalError(ChatError):
 
     def __init__(self) -> None:
         super().__init__("an internal error occurred")
+
+
+def reasons(root: type[ChatError] = ChatError) -> set[str]:
+    """Return the reasons of a class of errors, as they stand in the log and in metrics."""
+    found = {root.reason} if root.status >= 400 else set()
+    return found.union(*map(reasons, root.__subclasses__()))

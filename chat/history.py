@@ -142,5 +142,10 @@ class MemoryHistory:
             self._bytes -= kept.size
 
 
+MESSAGE_BYTES = 150
+"""What a message takes beside its text, about."""
+
+
 def _size(exchange: Exchange) -> int:
-    return sum(sys.getsizeof(message.content) for message in exchange.messages)
+    texts = sum(sys.getsizeof(message.content) for message in exchange.messages)
+    return texts + MESSAGE_BYTES * len(exchange.messages)

@@ -6,7 +6,6 @@ algorithm"): what a chat takes moves it on, and time catches up with it.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,9 +15,12 @@ from chat.addresses import bucket_of
 from chat.config import Rate
 from chat.errors import RateLimited
 from chat.link import Link
+from chat.recent import Recent
 
 CLIENTS = 100_000
 """Clients that a process remembers: some 20 MB."""
+ROUNDING = 1e-6
+"""Seconds by which sums and differences of clocks may be off."""
 
 # Answers whether the request may go, and the seconds until the bucket is full again.
 SCRIPT = """
@@ -51,23 +53,27 @@ class Allowance:
 
     @property
     def remaining(self) -> int:
-        return max(0, int((self.rate.window - self.full_in) / self.interval + 1e-6))
+        return max(0, int((self.rate.window - self.full_in) / self.interval + ROUNDING))
 
     @property
     def retry_after(self) -> int:
-        return max(1, ceil(self.full_in + self.interval - self.rate.window))
+        return max(1, _whole_seconds(self.full_in + self.interval - self.rate.window))
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """As of draft-ietf-httpapi-ratelimit-headers-10."""
         policy = f'"default";q={self.rate.limit};w={self.rate.window}'
-        state = f'"default";r={self.remaining};t={ceil(self.full_in)}'
+        state = f'"default";r={self.remaining};t={_whole_seconds(self.full_in)}'
         return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", state.encode())]
 
     def check(self) -> None:
         """Raise `RateLimited` where the request may not go."""
         if not self.is_allowed:
             raise RateLimited(str(self.rate), self.retry_after)
+
+
+def _whole_seconds(seconds: float) -> int:
+    return ceil(seconds - ROUNDING)
 
 
 class RateLimiter:
@@ -79,7 +85,7 @@ class RateLimiter:
         self._rate = rate
         self._link = link
         self._clock = clock
-        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self._full_at: Recent[str, float] = Recent(CLIENTS)
 
     async def take(self, client: str) -> Allowance:
         """Take one request out of a client's bucket, if there is one in it."""
@@ -101,12 +107,9 @@ class RateLimiter:
 
     def _take_here(self, key: str) -> Allowance:
         now, window = self._clock(), self._rate.window
-        full_at = max(now, self._full_at.get(key, 0.0))
+        full_at = max(now, self._full_at.get(key) or 0.0)
         next_full_at = full_at + window / self._rate.limit
-        if next_full_at - now > window + 1e-6:
+        if next_full_at - now > window + ROUNDING:
             return Allowance(self._rate, False, full_at - now)
         self._full_at[key] = next_full_at
-        self._full_at.move_to_end(key)
-        if len(self._full_at) > CLIENTS:
-            self._full_at.popitem(last=False)
         return Allowance(self._rate, True, next_full_at - now)

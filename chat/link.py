@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from chat import metrics
 
@@ -28,7 +28,11 @@ PROBE_BUDGET = 1.0
 """Seconds that a probe may take; nobody waits for it, and a busy event loop must not fail it."""
 PROBE_INTERVAL = 0.5
 """Seconds between two probes."""
-FAULTS = (RedisError, OSError, TimeoutError)
+SCAN_COUNT = 1000
+"""Keys that Redis looks at in one step of a scan: it serves nobody else meanwhile."""
+COUNT_BUDGET = 5.0
+"""Seconds that a look at all keys may take."""
+FAULTS = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 Command = tuple[str | int | bytes, ...]
 Answers = list[Any] | None
@@ -93,7 +97,8 @@ class Link:
         if not self._usable:
             raise TimeoutError
         try:
-            return await self._executor.scan(pattern)
+            async with asyncio.timeout(COUNT_BUDGET):
+                return await self._executor.scan(pattern)
         except FAULTS as error:
             raise TimeoutError from error
 
@@ -186,10 +191,6 @@ class SingleRedis:
 
     async def aclose(self) -> None:
         await self._redis.aclose()
-
-
-SCAN_COUNT = 1000
-"""Keys that Redis looks at in one step of a scan: it serves nobody else meanwhile."""
 
 
 class ClusterRedis:

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
 from typing import Any, TextIO
 
 import msgspec
@@ -51,44 +52,54 @@ class JSONFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.Handler):
-    """Write lines in a thread of its own, many at a time; drop the oldest when too many wait."""
+    """
+    Write lines in a thread of its own, many at a time; drop the oldest when too many wait.
+
+    A signal may close it at any moment of `emit`, so nothing here holds a lock: a `SimpleQueue` may
+    be put into again while it is put into.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.setFormatter(JSONFormatter())
         self._stream = stream
-        self._lines: deque[str] = deque(maxlen=QUEUED_LINES)
-        self._has_lines = threading.Event()
+        self._lines: SimpleQueue[str] = SimpleQueue()
         self._is_closing = False
         self._writer = threading.Thread(target=self._write_forever, daemon=True)
         self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record) + "\n")
+        self._lines.put(self.format(record) + "\n")
         if self._is_closing:
             self._write()
-        elif not self._has_lines.is_set():
-            self._has_lines.set()
+        elif self._lines.qsize() > QUEUED_LINES:
+            self._take(1)
 
     def close(self) -> None:
         """Write what waits, unless nobody reads; from now on each line is written at once."""
         self._is_closing = True
-        self._has_lines.set()
+        self._lines.put("")  # wakes the writer
         self._writer.join(CLOSE_TIMEOUT)
         super().close()
 
     def _write_forever(self) -> None:
         while not self._is_closing:
-            self._has_lines.wait()
+            first = self._lines.get()
             time.sleep(0 if self._is_closing else BATCH_INTERVAL)
-            self._has_lines.clear()
-            self._write()
+            self._write(first)
         self._write()
 
-    def _write(self) -> None:
-        lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        self._stream.write("".join(lines))
+    def _write(self, first: str = "") -> None:
+        self._stream.write(first + self._take(self._lines.qsize()))
         self._stream.flush()
+
+    def _take(self, count: int) -> str:
+        """Take as many lines as still wait, at most `count`."""
+        lines = list[str]()
+        with suppress(Empty):
+            for _ in range(count):
+                lines.append(self._lines.get_nowait())
+        return "".join(lines)
 
 
 SOCKET_LINES = (

@@ -5,6 +5,8 @@ With several workers on one machine, they write to files in PROMETHEUS_MULTIPROC
 the figures of all; `multiprocess_mode` says how gauges are put together.
 """
 
+from math import nan
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -16,6 +18,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from chat.errors import GroqDown, GroqError, reasons
 
 __all__ = ["CONTENT_TYPE_LATEST", "forget_process", "render"]
 
@@ -36,6 +40,11 @@ CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_
 CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
 CHAT_REPLIES_ACTIVE = Gauge(
     "chat_replies_active", "Replies in progress.", ["stream_type"], multiprocess_mode="livesum"
+)
+CHAT_ERRORS = Counter(
+    "chat_errors_total",
+    "Requests and replies that ended in an error of the service's, by its word in the log.",
+    ["reason"],
 )
 CHAT_TIME_TO_FIRST_TOKEN = Histogram(
     "chat_time_to_first_token_seconds",
@@ -83,10 +92,11 @@ HISTORY_LOST = Counter(
 )
 REDIS_UP = Gauge(
     "redis_up",
-    "1 while Redis answers, 0 while it does not or is not configured.",
+    "1 while Redis answers, 0 while it does not, NaN where none is configured.",
     multiprocess_mode="livemin",
 )
 
+REDIS_UP.set(nan)
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
 
@@ -100,6 +110,10 @@ for _direction in ("prompt", "completion"):
     CHAT_TOKENS.labels(_direction)
 for _result in ("hit", "miss"):
     TOKEN_CACHE_LOOKUPS.labels(_result)
+for _reason in reasons():
+    CHAT_ERRORS.labels(_reason)
+for _outcome in ("completed", "cancelled", *(reasons(GroqError) - {GroqDown.reason})):
+    GROQ_REQUESTS.labels(_outcome)
 
 
 def render() -> bytes:

@@ -77,6 +77,7 @@ class RequestMiddleware:
         except ClientDisconnect:
             pass
         except Exception:
+            log_fields(scope).update(InternalError().log_fields)
             if status != CallerLeft.status or scope["type"] != "http":
                 raise  # too late for an answer: uvicorn logs it and closes the connection
             logger.exception("a request failed by a fault of ours")
@@ -123,15 +124,22 @@ def _record(scope: Scope, status: int, duration: float) -> None:
     endpoint = _endpoint(scope)
     metrics.HTTP_REQUESTS.labels(method, endpoint, status).inc()
     metrics.HTTP_REQUEST_DURATION.labels(method, endpoint).observe(duration)
-    fields = {"client": client_of(scope) or None, "duration_ms": milliseconds(duration)}
-    logs.log_request(method, endpoint, status, {**fields, **log_fields(scope)})
+    _log_and_count(
+        scope, method, status, {"duration_ms": milliseconds(duration), **log_fields(scope)}
+    )
 
 
 def record_message(scope: Scope, status: int, fields: dict[str, Any]) -> None:
     """Log the line of one message on a WebSocket, which is a request of its own there."""
-    logs.log_request(
-        "GET", _endpoint(scope), status, {"client": client_of(scope) or None, **fields}
-    )
+    _log_and_count(scope, "GET", status, fields)
+
+
+def _log_and_count(scope: Scope, method: str, status: int, fields: dict[str, Any]) -> None:
+    """Log the line of a request, and count the error that it tells of."""
+    if "error" in fields:
+        metrics.CHAT_ERRORS.labels(fields["error"]).inc()
+    client = client_of(scope) or None
+    logs.log_request(method, _endpoint(scope), status, {"client": client, **fields})
 
 
 def client_of(scope: Scope) -> str:

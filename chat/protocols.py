@@ -40,13 +40,32 @@ def limit_unread(transport: asyncio.BaseTransport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-class HTTPProtocol(HttpToolsProtocol):
+class Impatient:
+    """What both protocols do about that which does not come in time."""
+
+    loop: asyncio.AbstractEventLoop
+    _timer: asyncio.TimerHandle | None = None
+
+    def _start_timer(self, seconds: float) -> None:
+        """Give up in so many seconds, unless it runs already or is stopped."""
+        if self._timer is None:
+            self._timer = self.loop.call_later(seconds, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        raise NotImplementedError
+
+
+class HTTPProtocol(Impatient, HttpToolsProtocol):
     """Ends connections on which the head of a request is too long, or does not arrive."""
 
     head_timeout = 15.0
     """Seconds in which a request has to begin and its headers to end, on a connection where none
     is being answered."""
-    _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _answering: RequestResponseCycle | None = None
 
@@ -56,10 +75,10 @@ class HTTPProtocol(HttpToolsProtocol):
             transport.abort()
             return
         limit_unread(transport)
-        self._wait_for_head()
+        self._start_timer(self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
         super().connection_lost(exc)
         if self._answering:  # uvicorn tells only the last request of those that were pipelined
             self._answering.disconnected = True
@@ -75,13 +94,13 @@ class HTTPProtocol(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
         elif not self._is_answering:
-            self._wait_for_head()
+            self._start_timer(self.head_timeout)
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         super().on_headers_complete()
         if self._is_answering:
-            self._stop_waiting()
+            self._stop_timer()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -95,22 +114,13 @@ class HTTPProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _wait_for_head(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.head_timeout, self._give_up)
-
     def _give_up(self) -> None:
         upgraded = self.transport.get_protocol()
         if upgraded is self or not getattr(upgraded, "handshake_initiated", True):
             self.transport.abort()
 
-    def _stop_waiting(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
 
-
-class WebSocketProtocol(WebSocketsSansIOProtocol):
+class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
     """
     Takes no more from a caller than that caller reads, and not too many frames; and offers the
     extension `TEXTS`: a message of that type has `texts`, a list of strings.
@@ -119,7 +129,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     call is most of what a token costs over a WebSocket (bench/README.md).
     """
 
+    message_timeout = 15.0
+    """Seconds in which a message has to arrive, from its first byte on."""
     _frames = 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), SLICE_BYTES):
@@ -128,6 +144,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 self.transport.abort()
             if self.transport.is_closing():
                 return
+        if not (self.conn.reader.buffer or self.frames):
+            self._stop_timer()
+        else:
+            self._start_timer(self.message_timeout)
+
+    def _give_up(self) -> None:
+        """End the connection, unless it is we who do not read."""
+        self._timer = None
+        if self.transport.is_reading():
+            self.transport.abort()
+        else:
+            self._start_timer(self.message_timeout)
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -148,6 +176,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         self._frames = 0
+        self._stop_timer()
         super().send_receive_event_to_app()
 
     def pause_writing(self) -> None:

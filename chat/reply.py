@@ -185,8 +185,13 @@ class Reply:
             self.interruption = error
             self._cancel_once()
 
+    def settle(self) -> None:
+        """Let nothing cancel the work from here on: how it ends is known."""
+        self._cancel = lambda: None
+
     def _cancel_once(self) -> None:
-        cancel, self._cancel = self._cancel, lambda: None
+        cancel = self._cancel
+        self.settle()
         cancel()
 
     def summary(self) -> dict[str, Any]:

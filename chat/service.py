@@ -178,6 +178,7 @@ class ChatService:
             except Exception:
                 logger.exception("a reply failed by a fault of ours")
                 error = InternalError()
+            reply.settle()
             try:
                 await self._store(turn, reply, outcome)
             finally:

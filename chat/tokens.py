@@ -7,7 +7,6 @@ Redis for all replicas.
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,6 +14,7 @@ from hashlib import sha256
 from chat import metrics
 from chat.link import Link
 from chat.messages import Message
+from chat.recent import Recent
 
 TTL = 86_400
 """Seconds that a count stays in Redis."""
@@ -38,8 +38,8 @@ class TokenCounts:
     def __init__(self, model: str, link: Link | None) -> None:
         self._model = model
         self._link = link
-        self._known: OrderedDict[str, int] = OrderedDict()
-        self._estimated: OrderedDict[str, int] = OrderedDict()
+        self._known: Recent[str, int] = Recent(REMEMBERED)
+        self._estimated: Recent[str, int] = Recent(REMEMBERED)
 
     async def count(self, messages: Sequence[Message]) -> list[Count]:
         """Return the count of each message: learned here or by another replica, else estimated."""
@@ -50,7 +50,7 @@ class TokenCounts:
             for key, message in zip(keys, messages, strict=True):
                 if key in cached:
                     self._remember(key, message, cached[key])
-        found = [self._recall(key) for key in keys]
+        found = [self._known.get(key) for key in keys]
         misses = found.count(None)
         metrics.TOKEN_CACHE_LOOKUPS.labels("miss").inc(misses)
         metrics.TOKEN_CACHE_LOOKUPS.labels("hit").inc(len(found) - misses)
@@ -104,19 +104,11 @@ class TokenCounts:
         text = "\0".join((self._model, message.role, message.content))
         return "chat:tokens:" + sha256(text.encode()).hexdigest()
 
-    def _recall(self, key: str) -> int | None:
-        tokens = self._known.get(key)
-        if tokens is not None:
-            self._known.move_to_end(key)
-        return tokens
-
     def _estimate(self, key: str, message: Message) -> int:
         """Estimate a message, once: it comes again with each turn of its conversation."""
         tokens = self._estimated.get(key)
         if tokens is None:
             tokens = self._estimated[key] = estimate(message)
-            if len(self._estimated) > REMEMBERED:
-                self._estimated.popitem(last=False)
         return tokens
 
     def _remember(self, key: str, message: Message, tokens: int) -> bool:
@@ -124,9 +116,6 @@ class TokenCounts:
         if not 0 < tokens <= len(message.content.encode()) + MAX_TEMPLATE_TOKENS:
             return False
         self._known[key] = tokens
-        self._known.move_to_end(key)
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
         return True
 
 

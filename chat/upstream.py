@@ -71,17 +71,14 @@ class Upstream:
                 if reply.has_tokens:
                     raise
                 fallback = next(models, None) if error.is_of_model else None
-                if fallback is None:
-                    if retries == self._max_retries:
-                        raise
-                    delay = _delay(error, retries)
-            if fallback is not None:
+                delay = 0.0 if fallback else self._delay(error, retries)
+            if fallback:
                 _note_fallback(fallback)
                 model = fallback
-                continue
-            await asyncio.sleep(delay)
-            metrics.GROQ_RETRIES.inc()
-            retries += 1
+            else:
+                await asyncio.sleep(delay)
+                metrics.GROQ_RETRIES.inc()
+                retries += 1
 
     async def check_forever(self) -> None:
         """Look now and then whether Groq knows the key and the models, until cancelled."""
@@ -112,6 +109,13 @@ class Upstream:
             await asyncio.sleep(pause)
             left -= pause
 
+    def _delay(self, error: GroqError, retries: int) -> float:
+        """Return the seconds to wait before another try; raise the error where none is left."""
+        wished = error.retry_after or 0
+        if retries == self._max_retries or not error.is_temporary or wished > LONGEST_WAIT:
+            raise error
+        return wished + random.uniform(0, FIRST_BACKOFF * 2**retries)  # noqa: S311
+
     def _note(self, model: str, state: ModelState) -> None:
         fields, before = {"model": model}, self.model_states[model]
         self.model_states[model] = state
@@ -121,14 +125,6 @@ class Upstream:
             logger.info("Groq knows the key and the model", extra={"fields": fields})
         if state != "unknown":
             metrics.GROQ_MODEL_AVAILABLE.labels(model).set(state == "available")
-
-
-def _delay(error: GroqError, retries: int) -> float:
-    """Return the seconds to wait before another try; raise the error where it makes no sense."""
-    wished = error.retry_after or 0
-    if not error.is_temporary or wished > LONGEST_WAIT:
-        raise error
-    return wished + random.uniform(0, FIRST_BACKOFF * 2**retries)  # noqa: S311
 
 
 def _explain(error: GroqError, model: Groq) -> None:

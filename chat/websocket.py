@@ -96,7 +96,9 @@ class ChatSocket:
             await self._fail(error)
         except Exception:
             logger.exception("a WebSocket failed by a fault of ours")
-            await self._fail(InternalError())
+            fault = InternalError()
+            record_message(self._websocket.scope, fault.status, fault.log_fields)
+            await self._fail(fault)
         finally:
             if self._reply:
                 self._reply.abandon()

@@ -4,7 +4,7 @@ A stand-in for Groq: a real HTTP server that speaks its protocol, and misbehaves
     with FakeGroq() as groq:
         groq.on("weather", Script(["Sun", "ny"], interval=0.1))   # for messages with that word
         ... point GROQ_BASE_URL at groq.url ...
-        groq.requests[0].closed.wait(1)                           # its peer has gone away
+        groq.requests[0].is_closed_soon()                         # its peer has gone away
 
     python -m tests.fake_groq --port 9000 --interval 0.05         # by itself, echoing
 
@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from tests.servers import keep_secret
+from tests.servers import PATIENCE, keep_secret
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ class Request:
     answered: bool = False
     closed: threading.Event = field(default_factory=threading.Event)
     """Set when the peer has gone away, or the connection was closed."""
-    closed_at: float | None = None
 
     @property
     def contents(self) -> list[str]:
         return [message["content"] for message in self.body["messages"]]
+
+    def is_closed_soon(self) -> bool:
+        """Wait for the connection's end; return whether it came."""
+        return self.closed.wait(PATIENCE)
 
 
 class FakeGroq:
@@ -101,13 +104,13 @@ class FakeGroq:
     def __enter__(self) -> Self:
         self._thread.start()
         starting = asyncio.run_coroutine_threadsafe(self._start(), self._loop)
-        self.port = starting.result(5)
+        self.port = starting.result(PATIENCE)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(PATIENCE)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(PATIENCE)
         self._loop.close()
 
     @property
@@ -132,14 +135,14 @@ class FakeGroq:
         """Go on with every request that is held."""
         self._loop.call_soon_threadsafe(self._released.set)
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition on what was received holds."""
         with self._changed:
-            assert self._changed.wait_for(condition, timeout), "Groq waited in vain"
+            assert self._changed.wait_for(condition, PATIENCE), "Groq waited in vain"
 
-    def wait_for_request(self, text: str, timeout: float = 5.0) -> Request:
+    def wait_for_request(self, text: str) -> Request:
         """Wait for a request whose last message contains the text; return the newest."""
-        self.wait_for(lambda: bool(self.asked(text)), timeout)
+        self.wait_for(lambda: bool(self.asked(text)))
         return self.asked(text)[-1]
 
     def asked(self, text: str) -> list[Request]:
@@ -199,7 +202,6 @@ class _Connection(asyncio.Protocol):
         if self._answering:
             self._answering.cancel()
         if request := self._request:
-            request.closed_at = time.monotonic()
             self._groq.note(request.closed.set)
 
     def data_received(self, data: bytes) -> None:

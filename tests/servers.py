@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -10,33 +11,52 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 import redis
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).parent.parent
-START_TIMEOUT = 20.0
+PATIENCE = 20.0
+"""Seconds after which what has not come is given up; many, since a busy machine is no failure."""
 KEY = "gsk_secret_of_the_operator"
 
 
-def free_port(below: int = 65_536) -> int:
+PORTS = range(12_000, 22_000)
+"""None of those that systems give to outgoing connections, nor are those 10,000 further on, which
+are for the bus of a Redis Cluster's node."""
+RESERVATIONS: deque[int] = deque()
+"""Sockets for UDP, by which other processes that run tests see that a port is given away."""
+
+
+def free_port() -> int:
     while True:
-        with socket.socket() as unbound:
-            unbound.bind(("127.0.0.1", 0))
-            port: int = unbound.getsockname()[1]
-        if port < below:
+        port = random.choice(PORTS)
+        with (
+            suppress(OSError),
+            socket.socket(type=socket.SOCK_DGRAM) as reservation,
+            socket.socket() as probe,
+        ):
+            reservation.bind(("127.0.0.1", port))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            RESERVATIONS.append(reservation.detach())
+            if len(RESERVATIONS) > 100:  # by then, it is in use, or has been
+                os.close(RESERVATIONS.popleft())
             return port
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
     """Wait for what only asking tells."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -77,7 +97,7 @@ class Process:
     def resume_reading(self) -> None:
         self._may_read.set()
 
-    def wait_for_line(self, found: Callable[[str], bool], timeout: float = 5.0) -> str:
+    def wait_for_line(self, found: Callable[[str], bool], timeout: float = PATIENCE) -> str:
         """Wait for a line of output; return the first that is found."""
         with self._changed:
             seen = self._changed.wait_for(lambda: any(map(found, self.lines)), timeout)
@@ -95,13 +115,13 @@ class Process:
         self._process.kill()
         self._process.wait()
 
-    def wait(self, timeout: float = 10.0) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the process to end; return its exit status."""
         status = self._process.wait(timeout)
         self._reader.join(timeout)
         return status
 
-    def end(self, timeout: float = 10.0) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """End it as an operator does; return its exit status."""
         if self.is_running:
             self._process.terminate()
@@ -218,7 +238,12 @@ class Service(Caller):
     def start(self) -> None:
         """Start the process; another one on the same port, where the first has ended."""
         self.process = Process(self.command, environment(self._settings), ROOT)
-        wait_until(self._is_up, START_TIMEOUT)
+        try:
+            wait_until(self._is_up)
+        except BaseException:
+            self.process.kill()
+            self.process.end()
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
         self.http.close()
@@ -232,6 +257,8 @@ class Service(Caller):
             self.http.get("/health").raise_for_status()
         except httpx.TransportError:
             return False
+        listening = psutil.Process(self.process.pid).net_connections("tcp")
+        assert any(each.laddr.port == self.port for each in listening), "another one has its port"
         return True
 
     def log_lines(self) -> list[dict[str, Any]]:
@@ -281,6 +308,22 @@ def running(app: Starlette, **options: Any) -> Iterator[tuple[str, int]]:
         thread.join()
 
 
+def closing_code(socket: ClientConnection) -> int | None:
+    """Wait for the end of a WebSocket; return the code that it was closed with."""
+    try:
+        message = socket.recv(PATIENCE)
+    except ConnectionClosed as closed:
+        return closed.rcvd.code if closed.rcvd else None
+    raise AssertionError(f"it is open, and brought {message!r}")
+
+
+def error_and_code(socket: ClientConnection) -> tuple[str, int | None]:
+    """Return the error that comes, passing tokens over, and the code of the close behind it."""
+    while "token" in (message := json.loads(socket.recv(PATIENCE))):
+        pass
+    return message["error"], closing_code(socket)
+
+
 def body(content: str, conversation: str | None = None, **fields: Any) -> dict[str, Any]:
     """Return the body of a request with one message."""
     if conversation:
@@ -319,7 +362,7 @@ class RedisServer:
     """A real Redis server on a free port, with nothing in it."""
 
     def __init__(self, *arguments: str) -> None:
-        self.port = free_port(below=65_536 - 10_000)  # a node's bus is 10,000 further on
+        self.port = free_port()
         self._arguments = arguments
 
     @property
@@ -401,7 +444,7 @@ class RedisCluster:
                 client.execute_command("CLUSTER ADDSLOTS", *slots)
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
                 client.execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
-            wait_until(lambda: all(map(_is_whole, clients)), START_TIMEOUT)
+            wait_until(lambda: all(map(_is_whole, clients)))
 
 
 def _is_whole(client: redis.Redis) -> bool:

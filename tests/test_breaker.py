@@ -7,15 +7,9 @@ import pytest
 
 from chat.breaker import FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker, State
 from chat.errors import GroqDown, GroqError, GroqRefused, GroqReplyBroken, GroqUnreachable
+from tests.clock import Clock
 
 names = (f"a-model-{number}" for number in count())
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

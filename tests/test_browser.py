@@ -44,6 +44,7 @@ def test_shift_enter_begins_a_new_line_and_the_field_grows(chat: Chat) -> None:
     assert height(chat.message) > before
     chat.message.press("Enter")
     expect(chat.questions).to_have_text("one\ntwo", use_inner_text=True)
+    expect(chat.finished).to_have_count(1)
     assert height(chat.message) == before
 
 
@@ -57,7 +58,8 @@ def test_nothing_but_white_space_is_not_sent(chat: Chat, groq: FakeGroq) -> None
     chat.say(" \n ")
     expect(chat.questions).to_have_count(0)
     chat.ask("something")
-    assert len(groq.requests) == 1
+    expect(chat.questions).to_have_text(["something"])
+    assert [each.contents for each in groq.asked("something")] == [["something"]]
 
 
 def test_a_reply_is_seen_while_it_runs(chat: Chat, groq: FakeGroq) -> None:
@@ -83,7 +85,7 @@ def test_text_may_be_typed_while_a_reply_runs_and_is_sent_after_it(
     expect(chat.message).to_have_value("next")
     expect(chat.questions).to_have_count(1)
     groq.release()
-    expect(chat.replies.last).to_have_text("ab")
+    expect(chat.finished).to_have_text("ab")
     chat.message.press("Enter")
     expect(chat.replies.last).to_have_text("You said: next")
 
@@ -96,7 +98,7 @@ def test_stop_keeps_what_has_come(chat: Chat, groq: FakeGroq, service: Service) 
     expect(chat.log.get_by_text("You stopped this reply.")).to_be_visible()
     expect(chat.replies.last).to_have_text("ab")
     expect(chat.message).to_be_focused()
-    assert groq.asked("slow")[-1].closed.wait(5)
+    assert groq.asked("slow")[-1].is_closed_soon()
     wait_until(lambda: service.contents(chat.conversation) == ["slow", "ab"])
     assert chat.ask("next").inner_text() == "You said: next"
 
@@ -162,7 +164,7 @@ def test_a_new_conversation_ends_a_running_reply(chat: Chat, groq: FakeGroq) -> 
     expect(chat.replies.last).to_have_text("a")
     chat.page.get_by_role("button", name="New conversation").click()
     expect(chat.stop).to_be_hidden()
-    assert groq.asked("slow")[-1].closed.wait(5)
+    assert groq.asked("slow")[-1].is_closed_soon()
     assert chat.ask("next").inner_text() == "You said: next"
     assert groq.requests[-1].contents == ["next"]
 

@@ -67,7 +67,7 @@ def test_groqs_connection_is_closed_when_the_caller_leaves(
         if transport != "json" and phase in ("in mid-stream", "in full flow"):
             wait_until(lambda: len(request.sent_at) >= 2)
         leave()
-        assert request.closed.wait(5), "long before any time limit of ours"
+        assert request.is_closed_soon(), "long before any time limit of ours"
     assert not request.answered
     assert service.contents(conversation) == []
 

@@ -18,6 +18,7 @@ def test_the_compose_file_has_the_service_and_a_redis_with_health_checks() -> No
     assert chat["environment"]["REDIS_ADDR"] == "redis:6379"
     assert chat["environment"]["GROQ_API_KEY"].startswith("${GROQ_API_KEY:?")
     assert "/health" in chat["healthcheck"]["test"][-1]
+    assert (chat["read_only"], chat["tmpfs"]) == (True, ["/tmp"]), "several workers write there"  # noqa: S108
     assert "HEALTHCHECK" in DOCKERFILE
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import RedisServer, Service, UvicornService, body, wait_until
+from tests.servers import RedisServer, Service, UvicornService, body, error_and_code, wait_until
 
 
 class TwoWorkers(Service):
@@ -58,15 +57,6 @@ def start(
             return service
 
         yield one
-
-
-def error_and_code(socket: ClientConnection) -> tuple[str, int | None]:
-    """Return the error that comes, passing tokens over, and the code of the close behind it."""
-    while "token" in (message := json.loads(socket.recv(10))):
-        pass
-    with pytest.raises(ConnectionClosed) as closed:
-        socket.recv(10)
-    return message["error"], closed.value.rcvd.code if closed.value.rcvd else None
 
 
 RESTARTING = "the service is restarting; try again in a moment"
@@ -127,7 +117,7 @@ def test_replies_that_do_not_end_in_time_are_ended_properly_and_not_stored(
         assert error_and_code(socket) == (RESTARTING, 1012)
     assert service.process.wait() == 0
     for request in groq.asked("held"):
-        assert request.closed.wait(5)
+        assert request.is_closed_soon()
     with UvicornService(**service._settings | {"WEB_CONCURRENCY": 1}) as after:
         wait_until(lambda: after.http.get("/ready").status_code == 200)
         assert after.contents(conversation) == []

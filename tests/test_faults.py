@@ -50,8 +50,9 @@ EMPTY = "the language model sent an empty reply"
 FAULTS = {
     **{
         f"status {status}": Fault(Script(status=status), 502, "refused", f"{REFUSED} {status}")
-        for status in (302, 400, 408, 409, 413, 422, 429, 498, 500, 502, 503, 504)
+        for status in (302, 400, 408, 409, 413, 422, 498, 500, 502, 503, 504)
     },
+    "status 429": Fault(Script(status=429), 502, "quota", f"{REFUSED} 429"),
     **{
         f"status {status}": Fault(Script(status=status), 502, "refused", MISUSED)
         for status in (401, 403, 404)
@@ -118,10 +119,11 @@ def service(module_groq: FakeGroq) -> Any:
         yield running
 
 
-def counted(service: Service, transport: str, outcome: str) -> tuple[float, float]:
+def counted(service: Service, transport: str, outcome: str) -> tuple[float, ...]:
     return (
         service.metric("chat_replies_total", stream_type=transport, outcome="failed"),
         service.metric("groq_requests_total", outcome=outcome),
+        service.metric("chat_errors_total", reason=outcome),
     )
 
 
@@ -144,7 +146,7 @@ def test_a_fault_is_told_counted_and_leaves_nothing_behind(
     wait_until(lambda: counted(service, transport, fault.counted(transport)) == after)
     request = groq.asked("question")[0]
     if not request.answered:
-        assert request.closed.wait(5)
+        assert request.is_closed_soon()
     assert service.metric("chat_replies_active", stream_type=transport) == 0
 
 

@@ -277,7 +277,7 @@ def test_a_silent_groq_is_given_up(
     first, message = outcome_of(service, transport, "question", conversation)
     assert message == "the language model service did not answer in time"
     assert first in (504, "", "a")
-    assert groq.wait_for_request("question").closed.wait(1)
+    assert groq.wait_for_request("question").is_closed_soon()
     assert service.contents(conversation) == []
 
 

@@ -11,16 +11,10 @@ from chat.history import Exchange, History, MemoryHistory, flatten
 from chat.link import open_link
 from chat.messages import Message
 from chat.shared_history import SharedHistory
+from tests.clock import Clock
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq
 from tests.servers import RedisCluster, Service
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def exchange(question: str, reply: str = "reply") -> Exchange:
@@ -194,14 +188,22 @@ def test_texts_take_no_more_than_their_share_of_memory() -> None:
     assert kept == list(range(41, 50))
 
 
+def test_many_small_messages_count_for_what_they_take() -> None:
+    history = memory(max_bytes=100_000)
+    for number in range(50):
+        messages = tuple(Message("user", "ab") for _ in range(100))
+        asyncio.run(history.append(f"c{number}", Exchange(messages)))
+    assert asyncio.run(history.count()) < 7
+
+
 def test_an_idle_conversation_goes_and_one_in_use_stays() -> None:
     clock = Clock()
     history = memory(ttl=60, clock=clock)
     ask(history, "idle", "one")
     ask(history, "used", "two")
-    clock.now = 40
+    clock.now += 40
     questions(history, "used")
-    clock.now = 80
+    clock.now += 40
     assert (questions(history, "idle"), questions(history, "used")) == ([], ["two"])
     assert asyncio.run(history.count()) == 1
 
@@ -217,7 +219,7 @@ def test_many_threads_lose_no_exchange_and_tear_none() -> None:
             await history.append("shared", exchange(f"{name} {turn}", f"{name} {turn}"))
             await history.append(f"own {name} {turn % 7}", exchange("q"))
             snapshot = await history.read("shared")
-            torn.extend(x for x in snapshot if len({m.content for m in x.messages}) != 1)
+            torn.extend(filter(is_torn, snapshot[-threads:]))
             await history.forget(f"own {name} {turn % 7}")
 
     def run(name: str) -> None:
@@ -229,12 +231,17 @@ def test_many_threads_lose_no_exchange_and_tear_none() -> None:
         thread.start()
     for thread in running:
         thread.join()
+    torn.extend(filter(is_torn, asyncio.run(history.read("shared"))))
     kept = questions(history, "shared")
     assert sorted(kept) == sorted(f"thread {n} {t}" for n in range(threads) for t in range(turns))
     in_order = [content for content in kept if content.startswith("thread 3 ")]
     assert in_order == [f"thread 3 {turn}" for turn in range(turns)]
     assert torn == []
     assert asyncio.run(history.count()) == 1
+
+
+def is_torn(one: Exchange) -> bool:
+    return len({message.content for message in one.messages}) != 1
 
 
 def test_the_history_goes_along_to_groq(

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    ["errors", "logs", "metrics", "watchdog", "quota"],
+    ["errors", "watchdog", "quota", "recent"],
+    ["logs", "metrics"],
     ["config", "messages", "link", "connection", "breaker", "signals", "side_server", "workers"],
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits", "shared_history"],

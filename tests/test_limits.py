@@ -10,16 +10,10 @@ import pytest
 from chat.config import Rate
 from chat.limits import CLIENTS, Allowance, RateLimiter
 from chat.link import open_link
+from tests.clock import Clock
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import RedisServer, Service, body, free_port, wait_until
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.servers import RedisServer, Service, body, closing_code, free_port, wait_until
 
 
 def test_a_bucket_refills_steadily() -> None:
@@ -43,6 +37,16 @@ def test_a_bucket_refills_steadily() -> None:
         *burst,
         *refused,
     ]
+
+
+def test_whole_seconds_stay_whole_whatever_the_clock_says() -> None:
+    async def scenario() -> Allowance:
+        clock = Clock()
+        clock.now = 1000.3
+        assert clock.now + 1800 - clock.now > 1800, "of such sums"
+        return await RateLimiter(Rate(2, "hour"), None, clock=clock).take("198.51.100.7")
+
+    assert asyncio.run(scenario()).headers[1][1] == b'"default";r=1;t=1800'
 
 
 @asynccontextmanager
@@ -113,7 +117,7 @@ def test_a_client_over_its_limit_gets_a_429_that_says_when_to_come_back(
     assert third.status_code == 429
     assert 1780 < int(third.headers["retry-after"]) <= 1800
     assert third.headers["ratelimit"].startswith('"default";r=0;t=')
-    assert third.json()["error"].startswith("at most 2 requests per hour are allowed; try again in")
+    assert third.json()["error"].startswith("the limit is 2 requests per hour; try again in ")
     assert service.log_line(status=429)["error"] == "rate_limited"
 
 
@@ -129,7 +133,7 @@ def test_the_limit_holds_on_a_websocket_which_stays_open(
                 pass
             ends.append(message)
     assert ends[0] == {"done": "true"}
-    assert all("are allowed" in end["error"] for end in ends[1:])
+    assert all("the limit is 1 request per hour" in end["error"] for end in ends[1:])
     assert len(groq.asked("hello")) == 1
 
 
@@ -202,16 +206,6 @@ def test_too_many_replies_at_once_are_a_503(start_service: StartService, groq: F
     wait_until(lambda: service.chat("another").status_code == 200)
 
 
-def closing_code(socket: object) -> int | None:
-    from websockets.exceptions import ConnectionClosed
-    from websockets.sync.client import ClientConnection
-
-    assert isinstance(socket, ClientConnection)
-    with pytest.raises(ConnectionClosed) as closed:
-        socket.recv(5)
-    return closed.value.rcvd.code if closed.value.rcvd else None
-
-
 def test_too_many_replies_to_one_client_are_a_429(
     start_service: StartService, groq: FakeGroq
 ) -> None:
@@ -224,7 +218,7 @@ def test_too_many_replies_to_one_client_are_a_429(
         assert statuses(service, 1, **{"x-forwarded-for": "198.51.100.1"}) == [200]
         with service.socket() as socket:
             socket.send(json.dumps(body("another")))
-            assert "for each client" in json.loads(socket.recv(5))["error"]
+            assert "for one client" in json.loads(socket.recv(5))["error"]
         groq.release()
         list(events)
     wait_until(lambda: service.chat("another").status_code == 200)
@@ -252,7 +246,7 @@ def test_bad_messages_on_a_websocket_count_too(start_service: StartService) -> N
             socket.send("{}")
             assert "messages" in json.loads(socket.recv(5))["error"]
         socket.send("{}")
-        assert "are allowed" in json.loads(socket.recv(5))["error"]
+        assert "the limit is 3 requests per day" in json.loads(socket.recv(5))["error"]
 
 
 @pytest.mark.parametrize("message", ["{}", '{"cancel":true}'])

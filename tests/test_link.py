@@ -9,7 +9,7 @@ import redis
 
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import RedisServer, Service, free_port, wait_until
+from tests.servers import RedisCluster, RedisServer, Service, free_port, wait_until
 
 READY = {"status": "ready", "models": {"openai/gpt-oss-20b": "unknown"}}
 
@@ -87,10 +87,26 @@ def test_redis_may_start_after_the_service(start_service: StartService, groq: Fa
         wait_until(lambda: len(stored(server)) > 0)
 
 
+def test_a_cluster_that_goes_as_a_whole_is_used_again_when_it_is_back(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    with RedisCluster() as cluster:
+        service = start_service(REDIS_ADDR=cluster.url, HISTORY_STORE="redis")
+        wait_until(lambda: is_up(service))
+        for server in cluster.servers:
+            server.kill()
+        assert service.chat("away", conversation).status_code == 503
+        wait_until(lambda: not is_up(service))
+        for server in cluster.servers:
+            server.start()
+        wait_until(lambda: service.chat("back", conversation).status_code == 200)
+
+
 def test_a_redis_that_is_not_there_delays_nothing(
     start_service: StartService, groq: FakeGroq
 ) -> None:
-    for address in (f"127.0.0.1:{free_port()}", "redis.invalid:6379"):
+    nowhere = f"127.0.0.1:{free_port()}"
+    for address in (nowhere, "redis.invalid:6379", f"redis+cluster://{nowhere}"):
         service = start_service(REDIS_ADDR=address)
         assert service.reply("hello") == "You said: hello"
         warnings = [line for line in service.log_lines() if line["level"] == "WARNING"]

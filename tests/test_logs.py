@@ -6,13 +6,15 @@ import logging
 import sys
 import threading
 from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from chat import logs
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import KEY, Service, UvicornService
+from tests.servers import KEY, PATIENCE, Service, UvicornService
 
 
 def lines_for(service: Service, request_id: str) -> list[dict[str, object]]:
@@ -176,6 +178,45 @@ def test_a_line_after_the_end_is_written_at_once() -> None:
     handler.close()
     handler.emit(logging.LogRecord("x", 20, "f", 1, "last words", None, None))
     assert json.loads(stream.getvalue())["message"] == "last words"
+
+
+def test_the_end_may_come_by_a_signal_in_the_midst_of_a_line() -> None:
+    for number in range(1, 1000):
+        stream = io.StringIO()
+        handler = logs.BackgroundHandler(stream)
+        interrupted = threading.Event()
+        emitting = threading.Thread(
+            target=emit_interrupted, args=(handler, number, interrupted), daemon=True
+        )
+        emitting.start()
+        emitting.join(PATIENCE)
+        assert not emitting.is_alive(), f"it hangs at step {number}"
+        handler.close()
+        assert json.loads(stream.getvalue())["message"] == "hello"
+        if not interrupted.is_set():
+            assert number > 3
+            return
+
+
+def emit_interrupted(
+    handler: logs.BackgroundHandler, number: int, interrupted: threading.Event
+) -> None:
+    """Log a line, and as a signal would, close the handler before the step of that number."""
+    left = number
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left == 0 and not interrupted.is_set():
+            sys.settrace(None)
+            interrupted.set()
+            handler.close()
+        return trace
+
+    record = logging.LogRecord("x", 20, "f", 1, "hello", None, None)
+    sys.settrace(trace)
+    handler.handle(record)
+    sys.settrace(None)
 
 
 def test_a_stdout_that_nobody_reads_holds_up_no_request(

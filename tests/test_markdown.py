@@ -130,16 +130,42 @@ def test_a_text_that_grows_shows_the_same_as_one_that_came_whole(renderer: Page,
 
 
 @pytest.mark.parametrize(
+    ("opening", "middle", "closing"),
+    [
+        ("[", "x", "](http://a)"),
+        ("![", "x", "](http://a)"),
+        ("[", "x", "](javascript:a)"),
+        ("[a](http://b", "", ")"),
+        ("*", "a", "*"),
+        ("*_", "a", "_*"),
+        ("**~~", "a", "~~**"),
+        ("> *", "a", "*"),
+    ],
+)
+def test_nor_does_what_is_closed_as_often_as_it_is_opened(
+    renderer: Page, opening: str, middle: str, closing: str
+) -> None:
+    for count in (10, 40, 1000, 20_000):
+        text = opening * count + middle + closing * count
+        assert depth_of(renderer, text) < 60
+
+
+@pytest.mark.parametrize(
     "text",
     ["*", "_", "**a ", "*a_", "[", "[a](", "![", "](", "`", "`a``", "<", "> ", "- ", "1. ", "| ",
      "\\", "~~", "# ", "```\n", "http://", "http://[", "https://a)", "\t- a\n", "\n", " ", "|-",
      "```js\n/*", "```js\n'\\", '```py\n"""', "1_", "``` py\n"],
 )  # fmt: skip
 def test_no_text_takes_long_or_nests_without_end(renderer: Page, text: str) -> None:
-    depth = renderer.evaluate_handle(RENDER, text * (100_000 // len(text))).evaluate(
+    assert depth_of(renderer, text * (100_000 // len(text))) < 50
+
+
+def depth_of(renderer: Page, text: str) -> int:
+    """Return how deep the elements of a text nest."""
+    depth: int = renderer.evaluate_handle(RENDER, text).evaluate(
         """(node) => {
           const depth = (each) => 1 + Math.max(0, ...[...each.children].map(depth));
           return depth(node);
         }"""
     )
-    assert depth < 50
+    return depth

@@ -4,6 +4,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from chat.errors import reasons
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import ROOT, Process, Service, environment, free_port, wait_until
@@ -15,6 +16,7 @@ NAMES = {
     "chat_time_to_first_token_seconds",
     "chat_reply_duration_seconds",
     "chat_replies",
+    "chat_errors",
     "chat_tokens",
     "chat_replies_active",
     "groq_requests",
@@ -65,6 +67,27 @@ def test_requests_are_counted_by_template_and_status(fresh: Service, conversatio
     assert fresh.metric("http_requests_total", endpoint="unmatched") == 2
     labels = {"method": "GET", "endpoint": "unmatched"}
     assert fresh.metric("http_request_duration_seconds_count", **labels) == 2
+
+
+def test_errors_are_counted_by_the_reason_that_is_logged(fresh: Service, groq: FakeGroq) -> None:
+    groq.on("fail", Script(status=429))
+    fresh.chat("fail")
+    fresh.http.post("/chat", content=b"nonsense")
+    with fresh.socket() as socket:
+        socket.send("nonsense")
+        assert "error" in socket.recv(5)
+    assert fresh.metric("chat_errors_total", reason="quota") == 1
+    assert fresh.metric("chat_errors_total", reason="bad_request") == 2
+    assert fresh.metric("chat_errors_total") == 3
+
+
+def test_every_reason_is_there_from_the_start_so_that_its_first_error_is_seen(
+    fresh: Service,
+) -> None:
+    families = text_string_to_metric_families(fresh.http.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    found = {s.labels["reason"] for s in samples if s.name == "chat_errors_total"}
+    assert found == reasons() >= {"internal", "history", "too_busy"}
 
 
 def test_tokens_are_counted_as_groq_reports_them(fresh: Service, groq: FakeGroq) -> None:

@@ -3,13 +3,7 @@
 import pytest
 
 from chat.quota import Quota, parse_duration
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.mark.parametrize(

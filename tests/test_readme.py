@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -11,7 +10,6 @@ from pathlib import Path
 import server
 from chat.config import Settings
 from chat.middleware import UNMATCHED
-from tests.fake_groq import FakeGroq
 from tests.servers import Service
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -40,17 +38,6 @@ def test_every_route_is_in_the_table() -> None:
         for route in server.ROUTES
         if getattr(route, "name", None) != UNMATCHED
     }
-
-
-def test_the_curl_lines_answer_as_shown(service: Service, groq: FakeGroq) -> None:
-    examples = re.findall(r"\$ (curl .*)\n((?:.*\n)+?)```", README)
-    assert len(examples) == 2
-    for command, answer in examples:
-        line = command.replace("localhost:8000", f"127.0.0.1:{service.port}")
-        ended = subprocess.run(
-            shlex.split(line), capture_output=True, encoding="utf-8", timeout=10, check=True
-        )
-        assert ended.stdout.strip() == answer.strip()
 
 
 def test_the_websocket_script_runs(service: Service) -> None:

@@ -48,6 +48,25 @@ def start_ready(start: StartService, settings: Mapping[str, object], count: int)
     return services
 
 
+def test_a_cancel_while_the_whole_reply_is_stored_leaves_it_stored_and_counted(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer, conversation: str
+) -> None:
+    (service,) = start_ready(start_service, shared(redis_server), 1)
+    groq.on("held", Script(["a", "b"], hold_before_token=2))
+    with service.socket() as socket:
+        socket.send(json.dumps(body("held", conversation)))
+        assert [json.loads(socket.recv())["token"] for _ in range(2)] == ["a", "b"]
+        redis_server.pause()
+        groq.release()
+        wait_until(lambda: groq.asked("held")[0].answered)
+        socket.send('{"cancel": true}')
+        assert json.loads(socket.recv())["done"] == "true"
+        redis_server.resume()
+        wait_until(lambda: service.metric("chat_replies_total") == 1)
+    wait_until(lambda: is_ready(service))
+    wait_until(lambda: service.contents(conversation) == ["held", "ab"])
+
+
 def test_a_conversation_may_hop_between_processes(
     start_service: StartService, groq: FakeGroq, redis_server: RedisServer, conversation: str
 ) -> None:

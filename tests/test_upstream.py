@@ -71,7 +71,7 @@ def test_each_attempt_has_its_own_clock_until_the_first_event(
     service = start_service(**RETRIES, GROQ_FIRST_EVENT_TIMEOUT=0.3)
     groq.on("question", Script(hold_before_status=True), Script(["good"]))
     assert service.tokens("question") == ["good"]
-    assert groq.asked("question")[0].closed.wait(5)
+    assert groq.asked("question")[0].is_closed_soon()
 
 
 def gap(requests: list[Request]) -> float:
@@ -100,7 +100,7 @@ def test_a_caller_who_leaves_ends_the_retries(
     start_service: StartService, groq: FakeGroq, stream: bool
 ) -> None:
     service = start_service(**RETRIES)
-    groq.on("question", Script(status=429, headers=(("retry-after", "1"),)))
+    groq.on("question", Script(status=429, headers=(("retry-after", "9"),)))
     with suppress(httpx.ReadTimeout):
         httpx.post(f"{service.url}/chat", json=body("question", stream=stream), timeout=0.5)
     wait_until(lambda: service.metric("chat_replies_total", outcome="cancelled") == 1)
@@ -117,7 +117,7 @@ def test_the_whole_reply_has_a_limit(
     answer = service.chat("question", conversation, stream=transport == "sse")
     assert "did not answer in time" in answer.text
     assert answer.status_code == (504 if transport == "json" else 200)
-    assert groq.asked("question")[0].closed.wait(5)
+    assert groq.asked("question")[0].is_closed_soon()
     assert service.contents(conversation) == []
 
 

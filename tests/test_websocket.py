@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import Service, body, wait_until
+from tests.servers import Service, body, closing_code, wait_until
 
 DONE = {"done": "true"}
 
@@ -29,12 +29,6 @@ def read_reply(socket: ClientConnection) -> tuple[list[str], dict[str, Any]]:
     while "token" in (message := next_message(socket)):
         tokens.append(message["token"])
     return tokens, message
-
-
-def close_code(socket: ClientConnection) -> int | None:
-    with pytest.raises(ConnectionClosed) as closed:
-        socket.recv(5)
-    return closed.value.rcvd.code if closed.value.rcvd else None
 
 
 def test_a_reply_comes_token_by_token_and_ends_with_done(service: Service) -> None:
@@ -69,7 +63,7 @@ def test_cancel_stops_the_reply_and_groq_and_keeps_what_was_sent(
         socket.send('{"cancel": true}')
         more, end = read_reply(socket)
         assert end == {"done": "true", "cancelled": "true"}
-        assert groq.wait_for_request("long").closed.wait(1)
+        assert groq.wait_for_request("long").is_closed_soon()
         assert service.contents(conversation) == ["long", "".join(seen + more)]
         ask(socket, "next", conversation)
         assert read_reply(socket)[1] == DONE
@@ -84,7 +78,7 @@ def test_cancel_before_the_first_token_keeps_nothing(
         request = groq.wait_for_request("silent")
         socket.send('{"cancel": true}')
         assert next_message(socket) == {"done": "true", "cancelled": "true"}
-        assert request.closed.wait(1)
+        assert request.is_closed_soon()
     assert service.contents(conversation) == []
 
 
@@ -156,7 +150,7 @@ def test_a_binary_message_gets_an_error_and_code_1003(service: Service) -> None:
     with service.socket() as socket:
         socket.send(b'{"messages": []}')
         assert "not a binary one" in next_message(socket)["error"]
-        assert close_code(socket) == 1003
+        assert closing_code(socket) == 1003
 
 
 @pytest.mark.parametrize("letter", ["x", "é"])
@@ -169,7 +163,7 @@ def test_a_message_beyond_the_limit_gets_an_error_and_code_1009(
         assert read_reply(socket)[1] == DONE
         socket.send(json.dumps(body(letter * (1000 // len(letter.encode()))), ensure_ascii=False))
         assert next_message(socket) == {"error": "the request must be at most 1000 bytes"}
-        assert close_code(socket) == 1009
+        assert closing_code(socket) == 1009
 
 
 def test_an_error_that_closes_the_socket_ends_its_reply(
@@ -181,8 +175,8 @@ def test_an_error_that_closes_the_socket_ends_its_reply(
         assert next_message(socket) == {"token": "a"}
         socket.send(b"binary")
         assert "error" in next_message(socket)
-        assert close_code(socket) == 1003
-    assert groq.wait_for_request("hold").closed.wait(1)
+        assert closing_code(socket) == 1003
+    assert groq.wait_for_request("hold").is_closed_soon()
     assert service.contents(conversation) == []
 
 
@@ -216,7 +210,7 @@ def test_an_error_that_closes_a_socket_in_full_flow_is_no_fault_of_ours(
             socket.send(b"binary")
             while "token" in next_message(socket):
                 pass
-            assert close_code(socket) == 1003
+            assert closing_code(socket) == 1003
     assert "ERROR" not in {line["level"] for line in service.log_lines()}
 
 

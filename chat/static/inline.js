@@ -125,15 +125,13 @@ class InlineReader {
     const tag = this.place.isInCell && this.#match(BREAK_TAG);
     if (tag) this.#add(element("br"), this.#at + tag[0].length);
     const found = !tag && this.#match(ANGLED_LINK);
-    return (
-      Boolean(tag) || (found && this.#addLink(found[1], [found[1]], this.#at + found[0].length))
-    );
+    return Boolean(tag) || (found && this.#addLink(found[1], this.#at + found[0].length));
   }
 
   #readBareLink() {
     if (/\w/.test(this.text[this.#at - 1] ?? "")) return false;
     const url = withoutPunctuation(this.#match(BARE_LINK)?.[0] ?? "");
-    return this.#addLink(url, [url], this.#at + url.length);
+    return this.#addLink(url, this.#at + url.length);
   }
 
   #readLink(bracket) {
@@ -142,14 +140,15 @@ class InlineReader {
     if (!found) return false;
     const url = (found[1] ?? found[2]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
     const text = this.text.slice(bracket + 1, closing);
-    const children = inline(text || url, { ...this.place, isInLink: true });
-    return this.#addLink(url, children, closing + 1 + found[0].length);
+    return this.#addLink(url, closing + 1 + found[0].length, text);
   }
 
   /** Add a link if the address is one to follow; tell whether it is. */
-  #addLink(url, children, end) {
+  #addLink(url, end, text = "") {
     const href = this.place.isInLink ? null : safeAddress(url);
     if (href === null) return false;
+    // Read only now: what is no link is read again, and links within links would be without end.
+    const children = text ? inline(text, { ...this.place, isInLink: true }) : [url];
     const attributes = { href, target: "_blank", rel: "noopener noreferrer" };
     this.#add(element("a", attributes, ...children), end);
     return true;
@@ -165,12 +164,17 @@ class InlineReader {
       if (used === 0) break;
       left -= used;
     }
-    if (left > 0 && canOpen && this.#frames.length <= MAX_DEPTH) {
+    if (left > 0 && canOpen && this.#depth + left <= MAX_DEPTH) {
       this.#frames.push({ mark, length: left, children: [] });
     } else {
       this.#say(mark.repeat(left));
     }
     return true;
+  }
+
+  /** As deep as the delimiters that were not closed yet can nest elements. */
+  get #depth() {
+    return this.#frames.reduce((sum, frame) => sum + frame.length, 0);
   }
 
   /** Tell whether a run of delimiters may begin an emphasis, and whether it may end one. */
