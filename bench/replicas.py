@@ -99,7 +99,7 @@ class Simulation:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        wait_until(self._is_served, 10)
+        wait_until(self._is_served)
 
     def _is_served(self) -> bool:
         try:

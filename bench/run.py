@@ -122,7 +122,7 @@ class Bench:
         process = start(arguments, core, PORT=port, **environ)
         self.stack.callback(process.wait)
         self.stack.callback(process.terminate)
-        wait_until(lambda: is_listening(port), 20)
+        wait_until(lambda: is_listening(port))
         return port, process.pid
 
     def direct(self) -> Target:
