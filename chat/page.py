@@ -39,10 +39,11 @@ HEADERS = {
 
 
 class ChatPage:
-    """The files, read once."""
+    """The files, read once, each with its tag."""
 
     def __init__(self) -> None:
         self._files = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.is_file()}
+        self._tags = {name: _tag(content) for name, content in self._files.items()}
 
     def answer(self, request: Request) -> Response:
         """
@@ -54,8 +55,11 @@ class ChatPage:
         name = request.path_params.get("file", INDEX)
         if name not in self._files:
             raise HTTPException(404)
-        content = self._files[name]
-        headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+        headers = {**HEADERS, "ETag": self._tags[name]}
         if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=guess_type(name)[0])
+        return Response(self._files[name], headers=headers, media_type=guess_type(name)[0])
+
+
+def _tag(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()[:32]}"'

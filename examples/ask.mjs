@@ -44,6 +44,6 @@ try {
   for await (const token of reply(question, randomUUID())) process.stdout.write(token);
   console.log();
 } catch (error) {
-  console.error(`error: ${error.message}`);
+  console.error(`error: ${error.cause?.message ?? error.message}`);
   process.exitCode = 1;
 }

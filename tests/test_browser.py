@@ -68,10 +68,10 @@ def test_a_reply_is_seen_while_it_runs(chat: Chat, groq: FakeGroq) -> None:
     expect(chat.replies.last).to_have_text("The first part")
     expect(chat.replies.last.locator("strong")).to_have_text("first part")
     expect(chat.stop).to_be_visible()
-    expect(chat.status).to_be_empty()
+    expect(chat.status).to_have_text("Waiting for the reply.")
     groq.release()
     expect(chat.replies.last).to_have_text("The first part and the rest")
-    expect(chat.status).to_have_text("Reply: The **first part** and the rest")
+    expect(chat.status).to_have_text("Reply: The first part and the rest")
     expect(chat.stop).to_be_hidden()
 
 
@@ -85,7 +85,8 @@ def test_text_may_be_typed_while_a_reply_runs_and_is_sent_after_it(
     expect(chat.message).to_have_value("next")
     expect(chat.questions).to_have_count(1)
     groq.release()
-    expect(chat.finished).to_have_text("ab")
+    expect(chat.finished).to_have_count(1)
+    expect(chat.replies.last).to_have_text("ab")
     chat.message.press("Enter")
     expect(chat.replies.last).to_have_text("You said: next")
 
@@ -115,6 +116,56 @@ def test_escape_stops_too_and_what_had_not_begun_can_be_tried_again(
     chat.again.click()
     expect(chat.replies.last).to_have_text("now")
     expect(chat.questions).to_have_count(1)
+
+
+def test_stop_twice_stops_one_reply(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("slow", Script(["a", "b"], hold_before_token=1))
+    chat.page.clock.install()
+    chat.say("slow")
+    expect(chat.replies.last).to_have_text("a")
+    for _ in range(200):
+        chat.message.dispatch_event("keydown", {"key": "Escape", "bubbles": True})
+    expect(chat.log.get_by_text("You stopped this reply.")).to_be_visible()
+    chat.say("slow")
+    expect(chat.replies.last).to_have_text("a")
+    chat.page.clock.fast_forward("00:06")
+    groq.release()
+    expect(chat.replies.last).to_have_text("ab")
+
+
+def test_an_escape_or_enter_of_an_input_method_is_its_own(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("slow", Script(["a", "b"], hold_before_token=1))
+    chat.say("slow")
+    expect(chat.replies.last).to_have_text("a")
+    chat.message.dispatch_event("keydown", {"key": "Escape", "isComposing": True, "bubbles": True})
+    groq.release()
+    expect(chat.replies.last).to_have_text("ab")
+    chat.message.fill("half a word")
+    chat.message.dispatch_event("keydown", {"key": "Enter", "keyCode": 229, "bubbles": True})
+    expect(chat.message).to_have_value("half a word")
+
+
+def test_a_tab_whose_storage_is_full_can_still_chat(chat: Chat) -> None:
+    chat.ask("before")
+    chat.page.evaluate(
+        """() => {
+          for (let size = 1 << 22; size; size >>= 1) {
+            try {
+              sessionStorage.setItem(`filler ${size}`, "x".repeat(size));
+            } catch {}
+          }
+        }"""
+    )
+    assert chat.ask("after").inner_text() == "You said: after"
+
+
+def test_a_conversation_that_is_no_longer_kept_says_so(chat: Chat, service: Service) -> None:
+    chat.ask("hello")
+    service.http.delete(f"/conversations/{chat.conversation}")
+    chat.page.reload()
+    expect(chat.page.get_by_text("are no longer kept")).to_be_visible()
+    chat.ask("again")
+    expect(chat.page.get_by_text("are no longer kept")).to_be_hidden()
 
 
 def test_a_reload_shows_the_conversation_again(chat: Chat, groq: FakeGroq) -> None:
@@ -232,7 +283,8 @@ def test_html_in_a_message_stays_text(chat: Chat) -> None:
 
 
 SAFE_ATTRIBUTES = {"href", "target", "rel", "class", "dir", "start", "tabindex", "role", "type"} | {
-    "aria-label"
+    "aria-label",
+    "aria-level",
 }
 
 
@@ -499,6 +551,20 @@ def test_the_end_stays_in_sight_unless_the_reader_has_scrolled_up(
     jump.click()
     expect(chat.replies.last.locator("p").last).to_be_in_viewport()
     expect(jump).to_be_hidden()
+    expect(focused(chat.page)).to_have_accessible_name("Messages")
+
+
+def test_a_selection_in_a_reply_that_grows_is_kept(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("slow", Script(["some words", " and more"], hold_before_token=1))
+    chat.say("slow")
+    expect(chat.replies.last).to_have_text("some words")
+    chat.replies.last.evaluate(
+        "(reply) => getSelection().setBaseAndExtent(reply.firstChild.firstChild, 0,"
+        " reply.firstChild.firstChild, 4)"
+    )
+    groq.release()
+    expect(chat.replies.last).to_have_text("some words and more")
+    assert chat.page.evaluate("String(getSelection())") == "some"
 
 
 @pytest.mark.parametrize("viewport", [{"width": 1440, "height": 900}, PHONE], ids=["wide", "phone"])

@@ -160,11 +160,23 @@ def test_no_text_takes_long_or_nests_without_end(renderer: Page, text: str) -> N
     assert depth_of(renderer, text * (100_000 // len(text))) < 50
 
 
+@pytest.mark.parametrize("many", ["a\n\n", "a\n", "- a\n", "**a** ", "`a` ", "|a\n"])
+def test_any_number_of_parts_is_shown(renderer: Page, many: str) -> None:
+    """More of them than a call takes arguments, and than a look at each for each would bear."""
+    beginning = "|a|\n|-|\n" if many.startswith("|") else ""
+    assert depth_of(renderer, beginning + many * 150_000) < 10
+
+
+def test_any_number_of_spaces_is_looked_at_once(renderer: Page) -> None:
+    assert depth_of(renderer, "[a](" + " " * 400_000 + "x") == 2
+
+
 def depth_of(renderer: Page, text: str) -> int:
     """Return how deep the elements of a text nest."""
     depth: int = renderer.evaluate_handle(RENDER, text).evaluate(
         """(node) => {
-          const depth = (each) => 1 + Math.max(0, ...[...each.children].map(depth));
+          const deeper = (most, each) => Math.max(most, depth(each));
+          const depth = (each) => 1 + [...each.children].reduce(deeper, 0);
           return depth(node);
         }"""
     )

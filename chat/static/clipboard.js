@@ -13,12 +13,8 @@ export async function copyFor(button, text, announce) {
   announce(words);
   const label = button.querySelector(".label") ?? button;
   label.textContent = words;
-  button.dataset.copied = isCopied;
   clearTimeout(button.restoring);
-  button.restoring = setTimeout(() => {
-    label.textContent = "Copy";
-    delete button.dataset.copied;
-  }, 2000);
+  button.restoring = setTimeout(() => (label.textContent = "Copy"), 2000);
 }
 
 async function copy(text) {

@@ -83,7 +83,7 @@ export class Connection {
   /** Stop the reply; what has come of it is kept. */
   stop() {
     const asked = this.#asked;
-    if (!asked) return;
+    if (!asked || asked.isStopped) return;
     if (!asked.isSent) return this.#end().onDone(true);
     asked.isStopped = true;
     this.#socket.send(JSON.stringify({ cancel: true }));

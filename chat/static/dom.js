@@ -3,29 +3,44 @@
  *
  * @param {string} name
  * @param {Record<string, string>} attributes
- * @param {...(Node | string)} children
+ * @param {...(Node | string | (Node | string)[])} children an array for as many as there may be: a
+ *   call takes only some ten thousand arguments.
  */
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
-  made.append(...children);
+  for (const child of children.flat()) made.append(child);
   return made;
 }
 
-/** Change the children of a node into the fresh ones, and leave alone what is the same already. */
-export function patchChildren(node, fresh) {
-  fresh.forEach((each, index) => patchChild(node, node.childNodes[index], each));
-  while (node.childNodes.length > fresh.length) node.lastChild.remove();
+/** Change a child into the fresh one; leave alone what is the same; return the one that stands. */
+export function patchChild(parent, old, fresh) {
+  if (old?.isEqualNode(fresh)) return old;
+  if (old && isSameElement(old, fresh)) patchChildren(old, fresh);
+  else if (old && isText(old) && isText(fresh)) patchText(old, fresh.data);
+  else {
+    if (old) old.replaceWith(fresh);
+    else parent.append(fresh);
+    return fresh;
+  }
+  return old;
 }
 
-/** The same for one child; `old` is undefined where there is none yet. */
-export function patchChild(parent, old, fresh) {
-  if (!old) parent.append(fresh);
-  else if (old.isEqualNode(fresh)) return;
-  else if (old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE)
-    old.data = fresh.data;
-  else if (isSameElement(old, fresh)) patchChildren(old, [...fresh.childNodes]);
-  else old.replaceWith(fresh);
+function patchChildren(node, fresh) {
+  const old = [...node.childNodes];
+  const wanted = [...fresh.childNodes];
+  wanted.forEach((child, index) => patchChild(node, old[index], child));
+  for (const child of old.slice(wanted.length)) child.remove();
+}
+
+/** A text that only grows keeps the selection that the reader has in it. */
+function patchText(node, text) {
+  if (text.startsWith(node.data)) node.appendData(text.slice(node.data.length));
+  else node.data = text;
+}
+
+function isText(node) {
+  return node.nodeType === Node.TEXT_NODE;
 }
 
 function isSameElement(one, other) {

@@ -21,6 +21,11 @@ export class Exchange {
     return [this.questionElement, this.replyElement];
   }
 
+  /** The reply as it is read, without the marks of its Markdown. */
+  get shownReply() {
+    return this.#part(".text").innerText;
+  }
+
   /** Wait for a reply; whatever an attempt before has left goes. */
   begin() {
     this.reply = "";
@@ -77,7 +82,13 @@ export class Exchange {
   #render(isOpen = false) {
     cancelAnimationFrame(this.#frame);
     this.#frame = null;
-    showMarkdown(this.#part(".text"), this.reply, isOpen);
+    const place = this.#part(".text");
+    try {
+      showMarkdown(place, this.reply, isOpen);
+    } catch (error) {
+      console.error(error); // a text that cannot be shown well must not stop the conversation
+      place.textContent = this.reply;
+    }
   }
 }
 

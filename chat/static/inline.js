@@ -9,8 +9,9 @@ const RUN = /([*_~])\1*/y;
 const ANGLED_LINK = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/y;
 const BREAK_TAG = /<br *\/?>/iy;
 const BARE_LINK = /https?:\/\/[^\s<>"`|]{1,2000}/y;
+// Each run of white space has a limit: three that may share one run would try each way to do so.
 const DESTINATION =
-  /\(\s*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+  /\(\s{0,9}(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:\s{1,9}(?:"[^"]*"|'[^']*'))?\s{0,9}\)/y;
 const SAFE_PROTOCOLS = ["http:", "https:", "mailto:"];
 /** Deeper emphasis is shown as it was written: no text may nest elements without end. */
 const MAX_DEPTH = 20;
@@ -150,7 +151,7 @@ class InlineReader {
     // Read only now: what is no link is read again, and links within links would be without end.
     const children = text ? inline(text, { ...this.place, isInLink: true }) : [url];
     const attributes = { href, target: "_blank", rel: "noopener noreferrer" };
-    this.#add(element("a", attributes, ...children), end);
+    this.#add(element("a", attributes, children), end);
     return true;
   }
 
@@ -210,7 +211,7 @@ class InlineReader {
   #wrap(used) {
     const frame = this.#frames.at(-1);
     const name = frame.mark === "~" ? "del" : used === 2 ? "strong" : "em";
-    const node = element(name, {}, ...frame.children);
+    const node = element(name, {}, frame.children);
     frame.length -= used;
     frame.children = [node];
     if (frame.length === 0) {

@@ -17,7 +17,7 @@ const QUOTE = /^ {0,3}> ?/;
 const MARKER = /^(\s*)([-*+]|\d{1,9}[.)])(?=\s|$)/;
 const ALIGNMENT = /^:?-+:?$/;
 
-/** What each container shows: the sources of its blocks. */
+/** What each container shows: its blocks, each with its source and its element. */
 const shown = new WeakMap();
 
 /**
@@ -30,18 +30,17 @@ const shown = new WeakMap();
  */
 export function showMarkdown(container, text, isOpen = false) {
   const before = shown.get(container) ?? [];
+  shown.delete(container);
+  if (before.length === 0) container.replaceChildren();
   const blocks = blocksOf(text.split(/\r\n|\r|\n/), 0);
-  const sources = blocks.map(({ source }, index) => {
-    const isLast = index === blocks.length - 1;
-    return isOpen && isLast ? `${source}\n` : source;
+  const after = blocks.map(({ source, build }, index) => {
+    const isGrowing = isOpen && index === blocks.length - 1;
+    const old = before[index];
+    if (old?.source === source && old.isGrowing === isGrowing) return old;
+    return { source, isGrowing, node: patchChild(container, old?.node, build(isGrowing)) };
   });
-  blocks.forEach(({ build }, index) => {
-    if (before[index] === sources[index]) return;
-    const isLast = index === blocks.length - 1;
-    patchChild(container, container.children[index], build(isOpen && isLast));
-  });
-  while (container.children.length > blocks.length) container.lastChild.remove();
-  shown.set(container, sources);
+  for (const { node } of before.slice(blocks.length)) node.remove();
+  shown.set(container, after);
 }
 
 /**
@@ -103,7 +102,7 @@ function readParagraph(lines, at) {
           cellsOf(own[0]).map(() => ""),
           [],
         )
-      : element("p", {}, ...inline(text, { isOpen }));
+      : element("p", {}, inline(text, { isOpen }));
   return { end, build };
 }
 
@@ -127,11 +126,12 @@ function readHeading(lines, at) {
     .slice(all.length)
     .trim()
     .replace(/(^|\s)#+$/, "");
-  // One level for a screen reader, since a reply may begin with any; its size tells the rest.
-  const attributes = { class: `level-${marks.length}` };
+  // Below the page's own two levels.
+  const level = String(Math.min(6, marks.length + 2));
+  const attributes = { class: `level-${marks.length}`, "aria-level": level };
   return {
     end: at + 1,
-    build: (isOpen) => element("h3", attributes, ...inline(text.trim(), { isOpen })),
+    build: (isOpen) => element("h3", attributes, inline(text.trim(), { isOpen })),
   };
 }
 
@@ -147,7 +147,7 @@ function readQuote(lines, at, depth) {
   let end = at;
   while (end < lines.length && QUOTE.test(lines[end])) end += 1;
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
-  const build = (isOpen) => element("blockquote", {}, ...buildBlocks(inner, depth + 1, isOpen));
+  const build = (isOpen) => element("blockquote", {}, buildBlocks(inner, depth + 1, isOpen));
   return { end, build };
 }
 
@@ -175,7 +175,7 @@ function codeBlock(code, language) {
   const name = language ? `Code in ${language}` : "Code";
   return element(
     "div",
-    { class: "code" },
+    { class: "code", dir: "ltr" },
     element(
       "div",
       { class: "code-head" },
@@ -184,8 +184,8 @@ function codeBlock(code, language) {
     ),
     element(
       "pre",
-      { dir: "ltr", tabindex: "0", role: "group", "aria-label": name },
-      element("code", {}, ...highlight(code, language)),
+      { tabindex: "0", role: "group", "aria-label": name },
+      element("code", {}, highlight(code, language)),
     ),
   );
 }
@@ -215,7 +215,11 @@ function tableOf(head, sides, lines) {
       "table",
       {},
       element("thead", {}, tableRow("th", sides, head)),
-      element("tbody", {}, ...lines.map((line) => tableRow("td", sides, line))),
+      element(
+        "tbody",
+        {},
+        lines.map((line) => tableRow("td", sides, line)),
+      ),
     ),
   );
 }
@@ -225,12 +229,12 @@ function tableRow(name, sides, line) {
   return element(
     "tr",
     {},
-    ...sides.map((side, index) => tableCell(name, side, cells[index] ?? "")),
+    sides.map((side, index) => tableCell(name, side, cells[index] ?? "")),
   );
 }
 
 function tableCell(name, side, text) {
-  return element(name, side ? { class: side } : {}, ...inline(text, { isInCell: true }));
+  return element(name, side ? { class: side } : {}, inline(text, { isInCell: true }));
 }
 
 function sideOf(delimiter) {
@@ -270,9 +274,9 @@ function readList(lines, at, depth) {
   }
   const build = (isOpen) => {
     const children = items.map((item, index) =>
-      element("li", {}, ...buildBlocks(item, depth + 1, isOpen && index === items.length - 1)),
+      element("li", {}, buildBlocks(item, depth + 1, isOpen && index === items.length - 1)),
     );
-    return element(first.isOrdered ? "ol" : "ul", listAttributes(first), ...children);
+    return element(first.isOrdered ? "ol" : "ul", listAttributes(first), children);
   };
   return { end, build };
 }

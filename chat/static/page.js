@@ -11,6 +11,8 @@ const RETOLD_EXCHANGES = 20;
 const RETOLD_CHARACTERS = 50_000;
 /** A screen reader is read a reply up to here, and told of the rest. */
 const SPOKEN_CHARACTERS = 1000;
+/** Milliseconds that words for a screen reader stay: whoever reads on would meet them again. */
+const ANNOUNCED = 10_000;
 
 const byId = (id) => document.getElementById(id);
 const [log, form, field, notice, status] = ["log", "composer", "message", "notice", "status"].map(
@@ -25,6 +27,7 @@ const end = new EndFollower(byId("scroller"), log, byId("jump"));
 let exchanges = [];
 let running = null;
 let knownLosses = 0;
+let silencing = null;
 let loading = load();
 
 /** Return the address of a path of the service, which may stand below another site's path. */
@@ -44,7 +47,9 @@ async function load() {
   if (!session.isResumed) return show([]);
   byId("unloaded").hidden = true;
   try {
-    show(await storedMessages());
+    const messages = await storedMessages();
+    byId("forgotten").hidden = messages.length > 0 || session.unanswered !== null;
+    show(messages);
   } catch {
     show([]);
     byId("unloaded").hidden = false;
@@ -69,7 +74,7 @@ function show(messages) {
   for (const exchange of exchanges) exchange.end();
   document.body.dataset.state = "idle";
   showEmptiness();
-  end.goToEnd();
+  if (exchanges.length > 0) end.goToEnd();
 }
 
 /** A message whose reply failed or was cut off is not stored; it is not to be typed once more. */
@@ -99,6 +104,7 @@ function ask(exchange) {
   document.body.dataset.state = "running";
   exchange.begin();
   add(exchange);
+  announce("Waiting for the reply.");
   connection.ask({
     request: () => requestFor(exchange),
     onToken: (token) => exchange.append(token),
@@ -139,7 +145,7 @@ function storedBefore() {
 
 function done(exchange) {
   exchange.end();
-  settle(`Reply: ${spoken(exchange.reply)}`);
+  settle(`Reply: ${spoken(exchange.shownReply)}`);
 }
 
 function stopped(exchange) {
@@ -171,10 +177,12 @@ function spoken(text) {
 /** Have a screen reader say it, when it has finished what it is saying. */
 function announce(words) {
   status.textContent = words;
+  clearTimeout(silencing);
+  silencing = setTimeout(() => (status.textContent = ""), ANNOUNCED);
 }
 
 function showConnection(state) {
-  notice.hidden = state !== "lost";
+  notice.textContent = state === "lost" ? "Reconnecting…" : "";
 }
 
 async function submit(event) {
@@ -200,6 +208,7 @@ function startOver() {
   }
   session.clear();
   byId("unloaded").hidden = true;
+  byId("forgotten").hidden = true;
   show([]);
   announce("This is a new conversation.");
   field.focus();
@@ -214,10 +223,16 @@ function fitField() {
 /** On a touch screen Enter begins a new line: there is no Shift to hold, but a button beside it. */
 const isTouched = window.matchMedia("(hover: none) and (pointer: coarse)");
 
+/** Some browsers say of the key that ends a composition only that the input method had it. */
+const OF_INPUT_METHOD = 229;
+
+function isComposing({ isComposing, keyCode }) {
+  return isComposing || keyCode === OF_INPUT_METHOD;
+}
+
 function pressed(event) {
-  const isSend =
-    event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouched.matches;
-  if (!isSend) return;
+  const isSend = event.key === "Enter" && !event.shiftKey && !isTouched.matches;
+  if (!isSend || isComposing(event)) return;
   event.preventDefault();
   form.requestSubmit();
 }
@@ -245,8 +260,14 @@ field.addEventListener("input", () => {
 log.addEventListener("click", clickedInLog);
 byId("stop").addEventListener("click", stop);
 byId("new").addEventListener("click", startOver);
-byId("reload").addEventListener("click", () => (loading = running ? loading : load()));
-document.addEventListener("keydown", ({ key }) => key === "Escape" && running && stop());
+byId("jump").addEventListener("click", () => byId("scroller").focus({ preventScroll: true }));
+byId("reload").addEventListener("click", () => {
+  if (!running) loading = load();
+  field.focus();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running && !isComposing(event)) stop();
+});
 for (const example of document.querySelectorAll(".example")) {
   example.addEventListener("click", () => {
     ask(new Exchange(example.textContent.trim()));

@@ -23,8 +23,12 @@ export class Session {
   }
 
   set unanswered(text) {
-    if (text === null) this.#store.removeItem(UNANSWERED);
-    else this.#store.setItem(UNANSWERED, text);
+    this.#store.removeItem(UNANSWERED);
+    try {
+      if (text !== null) this.#store.setItem(UNANSWERED, text);
+    } catch {
+      // It is larger than what the browser keeps: a reload will not bring it back.
+    }
   }
 
   /** Begin a new conversation. */
