@@ -107,10 +107,10 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     state, status = request.app.state, "ready"
-    redis = "off" if state.link is None else "up" if state.link.is_up else "down"
+    redis = state.link.state if state.link else "off"
     if state.drain.has_begun:
         status = "draining"
-    elif state.settings.history_store == "redis" and redis != "up":
+    elif state.settings.history_store == "redis" and redis not in ("up", "partly"):
         status = "history unreachable"
     body = {"status": status, "redis": redis, "models": state.upstream.model_states}
     return JSONResponse(body, 200 if status == "ready" else 503)

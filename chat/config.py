@@ -66,15 +66,24 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
-NODE = r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
-REDIS_URL = re.compile(rf"rediss?(\+cluster)?://([^\s/?#@]*@)?({NODE}(,{NODE})*)(/\d{{1,3}})?")
+HOST = r"([\w.-]+|\[[0-9a-fA-F:]+\])"
+ADDRESS = rf"{HOST}:\d{{1,5}}"
+NODE = rf"{HOST}(:\d{{1,5}})?"
+CREDENTIALS = r"([^\s/?#@]*@)?"
+REDIS_URL = re.compile(rf"rediss?://{CREDENTIALS}(?P<nodes>{NODE})(/\d{{0,3}})?")
+CLUSTER_URL = re.compile(rf"rediss?\+cluster://{CREDENTIALS}(?P<nodes>{NODE}(,{NODE})*)/?")
 
 
 def redis_address(text: str) -> str:
-    found = REDIS_URL.fullmatch(text if "://" in text else f"redis://{text}")
-    if text and (found is None or ("," in found[3] and not found[1])):
+    if not text:
+        return text
+    if "://" not in text and re.fullmatch(ADDRESS, text) is None:
         raise ValueError
-    for node in found[3].split(",") if found else ():
+    url = text if "://" in text else f"redis://{text}"
+    found = REDIS_URL.fullmatch(url) or CLUSTER_URL.fullmatch(url)
+    if found is None:
+        raise ValueError
+    for node in found["nodes"].split(","):
         _check_host_and_port(f"redis://{node}")
     return text
 

@@ -49,6 +49,9 @@ class History(Protocol):
     async def count(self) -> int:
         """Return how many conversations are kept."""
 
+    async def flush(self) -> None:
+        """Wait until all is stored that was appended."""
+
     async def aclose(self) -> None:
         """End what still runs in the background."""
 
@@ -115,6 +118,9 @@ class MemoryHistory:
         with self._lock:
             self._expire()
             return len(self._conversations)
+
+    async def flush(self) -> None:
+        """It is stored already."""
 
     async def aclose(self) -> None:
         """There is nothing to end."""

@@ -1,24 +1,21 @@
 """
 Redis, asked for answers that come soon or not at all.
 
-When a question fails, Redis is left out until a probe in the background has found that it answers.
 Commands that come while others run are sent together: under load, one round trip serves many chats.
+A place that does not answer in time is left out until a probe in the background has found that it
+does again; what is asked with more patience has a lane of its own, which that does not touch.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
-
-from redis.asyncio import Redis
-from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisClusterException, RedisError
+from typing import Any, Literal
 
 from chat import metrics
+from chat.redis_client import FAULTS, Client, Command, connect
+
+__all__ = ["Command", "Link", "open_link"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +25,12 @@ PROBE_BUDGET = 1.0
 """Seconds that a probe may take; nobody waits for it, and a busy event loop must not fail it."""
 PROBE_INTERVAL = 0.5
 """Seconds between two probes."""
-SCAN_COUNT = 1000
-"""Keys that Redis looks at in one step of a scan: it serves nobody else meanwhile."""
-COUNT_BUDGET = 5.0
-"""Seconds that a look at all keys may take."""
-FAULTS = (RedisError, RedisClusterException, OSError, TimeoutError)
+COUNT_BUDGET = 1.0
+"""Seconds that a count of keys may take."""
+BATCH = 500
+"""Commands that are sent together at most: a larger batch would take its budget by its size."""
 
-Command = tuple[str | int | bytes, ...]
-Answers = list[Any] | None
-
-
-class Executor(Protocol):
-    """How commands reach Redis, or the nodes of a cluster."""
-
-    async def ping(self) -> None:
-        """Raise one of `FAULTS` where Redis does not answer."""
-
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
-        """Return the answer to each command, or the error in its place; or raise a fault."""
-
-    async def scan(self, pattern: str) -> int:
-        """Return how many keys match."""
-
-    async def aclose(self) -> None:
-        """Close all connections."""
+State = Literal["unknown", "up", "partly", "down"]
 
 
 class Link:
@@ -59,195 +38,252 @@ class Link:
     Commands to Redis, under a limit of time.
 
     Attributes:
-        is_up: what the last probe found; None before the first.
+        state: what the last probe found; partly: some nodes of a cluster are away.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._usable = False
+    def __init__(self, client: Client) -> None:
+        self.state: State = "unknown"
+        self._client = client
+        self._lanes: dict[tuple[str, float], _Lane] = {}
+        self._usable: frozenset[str] = frozenset()
         self._suspect = asyncio.Event()
-        self._waiting: list[_Question] = []
-        self._has_waiting = asyncio.Event()
-        self.is_up: bool | None = None
+        self._refusal = ""
+        self._probing: asyncio.Task[None] | None = None
 
-    async def ask(self, commands: Sequence[Command], *, budget: float = BUDGET) -> Answers:
-        """Return the answer to each command; None where Redis is not there, or refuses one."""
-        if not self._usable:
+    async def ask(self, commands: Sequence[Command], *, budget: float = BUDGET) -> list[Any] | None:
+        """
+        Return the answer to each command, or None where Redis is not there, or refuses one.
+
+        Args:
+            commands: what belongs together; all for keys of one place, such as one key.
+            budget: seconds that it may take.
+        """
+        lane = self._lane_of(commands[0], budget)
+        if lane is None:
             return None
-        question = _Question(commands, budget)
-        timer = asyncio.get_running_loop().call_later(budget, question.resolve, None)
-        self._enqueue(question)
+        question = _Question(commands)
+        timer = asyncio.get_running_loop().call_later(budget, self._give_up, lane, question)
+        lane.put(question)
         try:
             return await question.answered
         finally:
             timer.cancel()
 
-    def tell(self, commands: Sequence[Command]) -> None:
-        """Send the commands soon, if Redis is there."""
-        if self._usable:
-            self._enqueue(_Question(commands, BUDGET))
+    async def look_up(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Return the values of those of the keys that have one, as far as Redis answers soon."""
+        groups = self._by_place([("GET", key) for key in keys])
+        answers = await asyncio.gather(*map(self.ask, groups))
+        found: dict[str, bytes] = {}
+        for group, values in zip(groups, answers, strict=True):
+            pairs = zip(group, values or [None] * len(group), strict=True)
+            found |= {str(key): value for (_, key), value in pairs if value is not None}
+        return found
 
-    async def count(self, pattern: str) -> int:
+    def tell(self, commands: Sequence[Command]) -> None:
+        """Send the commands soon, where Redis is there."""
+        for group in self._by_place(commands):
+            if lane := self._lane_of(group[0], BUDGET):
+                lane.put(_Question(group))
+
+    async def count(self, prefix: str) -> int:
         """
-        Count the keys that match, which takes Redis a while.
+        Count the keys that begin so, exactly where there are few and else by a sample.
 
         Raises:
             TimeoutError: Redis is not there.
         """
-        if not self._usable:
-            raise TimeoutError
         try:
             async with asyncio.timeout(COUNT_BUDGET):
-                return await self._executor.scan(pattern)
+                return await self._client.count(prefix)
         except FAULTS as error:
             raise TimeoutError from error
 
     async def probe(self, budget: float = PROBE_BUDGET) -> None:
-        """Find out whether Redis answers."""
+        """Find out whether Redis takes what it is told, at each place."""
+        faults: dict[str, BaseException | None] = {}
         try:
             async with asyncio.timeout(budget):
-                await self._executor.ping()
+                keys = await self._client.keys()
+            probes = [self._probe(key, budget) for key in keys.values()]
+            faults = dict(zip(keys, await asyncio.gather(*probes), strict=True))
         except FAULTS as error:
-            self._usable = False
-            self._note(False, f"Redis is not there ({type(error).__name__}): going on without it")
+            self._note("down", error)
         else:
-            self._usable = True
-            self._note(True, "Redis is there")
+            found = [fault for fault in faults.values() if fault]
+            state: State = "up" if not found else "partly" if len(found) < len(faults) else "down"
+            self._note(state, found[0] if found else None)
+        self._usable = frozenset(place for place, fault in faults.items() if fault is None)
+        self._open_lanes(faults)
+        for place in faults.keys() - self._usable:
+            with suppress(*FAULTS):
+                async with asyncio.timeout(budget):
+                    await self._client.look_around(place)
 
-    async def run(self) -> None:
-        """Serve `ask` and `tell`, and keep probing, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._probe_forever())
-            tasks.create_task(self._exchange_forever())
+    def start(self) -> None:
+        """Keep probing in the background."""
+        self._probing = asyncio.create_task(self._probe_forever())
 
-    def _enqueue(self, question: "_Question") -> None:
-        self._waiting.append(question)
-        self._has_waiting.set()
+    async def aclose(self) -> None:
+        """End what runs in the background, and close all connections."""
+        if self._probing:
+            self._probing.cancel()
+        for lane in self._lanes.values():
+            lane.close()
+        await self._client.aclose()
+
+    def _lane_of(self, command: Command, budget: float) -> "_Lane | None":
+        """Return the lane for the command; None while it is of no use."""
+        try:
+            place = self._client.place_of(command)
+        except FAULTS:
+            return None
+        lane = self._lanes.get((place, budget))
+        if lane is None and place in self._usable:
+            lane = self._lanes[place, budget] = _Lane(self, self._client, budget)
+        return lane if lane and lane.is_usable else None
+
+    def _by_place(self, commands: Sequence[Command]) -> list[list[Command]]:
+        groups: dict[str, list[Command]] = {}
+        for command in commands:
+            with suppress(*FAULTS):
+                groups.setdefault(self._client.place_of(command), []).append(command)
+        return list(groups.values())
+
+    def _give_up(self, lane: "_Lane", question: "_Question") -> None:
+        question.resolve(None)
+        self.suspect(lane)
+
+    def suspect(self, lane: "_Lane") -> None:
+        """Use the lane no more until a probe has found that Redis is there."""
+        lane.is_usable = False
+        self._suspect.set()
+
+    def _open_lanes(self, places: "dict[str, BaseException | None]") -> None:
+        """Use the lanes of those places that answer, and end those of places that are gone."""
+        for (place, budget), lane in list(self._lanes.items()):
+            lane.is_usable = place in self._usable
+            if places and place not in places:
+                lane.close()
+                del self._lanes[place, budget]
 
     async def _probe_forever(self) -> None:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._suspect.wait(), PROBE_INTERVAL)
             self._suspect.clear()
-            await self.probe()
-
-    async def _exchange_forever(self) -> None:
-        while await self._has_waiting.wait():
-            self._has_waiting.clear()
-            waiting, self._waiting = self._waiting, []
-            answers: list[Any] = []
             try:
-                async with asyncio.timeout(max(question.budget for question in waiting)):
-                    commands = [each for question in waiting for each in question.commands]
-                    answers = await self._executor.execute(commands)
-            except FAULTS:
-                self._usable = False
-                self._suspect.set()
-            for question in waiting:
-                count = len(question.commands)
-                own, answers = answers[:count], answers[count:]
-                is_refused = any(isinstance(answer, Exception) for answer in own)
-                question.resolve(own if own and not is_refused else None)
+                await self.probe()
+            except Exception:
+                logger.exception("Redis could not be probed, by a fault of ours")
 
-    def _note(self, is_up: bool, message: str) -> None:
-        if is_up is self.is_up:
+    async def _probe(self, key: str, budget: float) -> BaseException | None:
+        """Return what is wrong; a server may answer, and yet take nothing: full, or a replica."""
+        try:
+            async with asyncio.timeout(budget):
+                (answer,) = await self._client.execute([("SET", key, 1, "PX", 1)])
+        except FAULTS as error:
+            return error
+        return answer if isinstance(answer, Exception) else None
+
+    def note_refusal(self, answers: Sequence[object]) -> None:
+        """Log by what a command was refused, once for as long as that stays the same."""
+        refusal = next((type(each).__name__ for each in answers if isinstance(each, Exception)), "")
+        if refusal and refusal != self._refusal:
+            logger.warning("Redis refuses a command (%s)", refusal)
+            self._suspect.set()
+        self._refusal = refusal
+
+    def _note(self, state: State, fault: BaseException | None) -> None:
+        if state == self.state:
             return
-        self.is_up = is_up
-        metrics.REDIS_UP.set(is_up)
-        logger.log(logging.INFO if is_up else logging.WARNING, message)
+        self.state = state
+        metrics.REDIS_UP.set(state == "up")
+        what = "a part of Redis" if state == "partly" else "Redis"
+        if fault:
+            logger.warning("%s cannot be used (%s)", what, type(fault).__name__)
+        else:
+            logger.info("Redis can be used")
 
 
 class _Question:
     """Some commands that belong together, and where their answers go."""
 
-    def __init__(self, commands: Sequence[Command], budget: float) -> None:
+    def __init__(self, commands: Sequence[Command]) -> None:
         self.commands = commands
-        self.budget = budget
-        self.answered: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
+        self.answered: asyncio.Future[list[Any] | None] = asyncio.get_running_loop().create_future()
 
-    def resolve(self, answers: Answers) -> None:
+    def resolve(self, answers: list[Any] | None) -> None:
         if not self.answered.done():
             self.answered.set_result(answers)
 
 
-class SingleRedis:
-    """One Redis server: a pipeline for all commands of a batch."""
+class _Lane:
+    """What waits to be asked at one place with the same patience; one batch is on its way."""
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
+    def __init__(self, link: Link, client: Client, budget: float) -> None:
+        self.is_usable = True
+        self._link = link
+        self._client = client
+        self._budget = budget
+        self._waiting: list[_Question] = []
+        self._has_waiting = asyncio.Event()
+        self._running = asyncio.create_task(self._run())
 
-    async def ping(self) -> None:
-        await self._redis.ping()
+    def put(self, question: _Question) -> None:
+        self._waiting.append(question)
+        self._has_waiting.set()
 
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-            return answers
+    def close(self) -> None:
+        self._running.cancel()
+        for question in self._waiting:
+            question.resolve(None)
 
-    async def scan(self, pattern: str) -> int:
-        return sum([1 async for _ in self._redis.scan_iter(pattern, count=SCAN_COUNT)])
+    async def _run(self) -> None:
+        while await self._has_waiting.wait():
+            batch = self._take()
+            commands = [command for question in batch for command in question.commands]
+            answers = await self._execute(commands)
+            for question in batch:
+                count = len(question.commands)
+                own, answers = answers[:count], answers[count:]
+                is_refused = any(isinstance(answer, Exception) for answer in own)
+                question.resolve(own if own and not is_refused else None)
 
-    async def aclose(self) -> None:
-        await self._redis.aclose()
+    def _take(self) -> list[_Question]:
+        """Take what goes into one batch: one question at least, whole ones only."""
+        commands, taken = 0, 0
+        for question in self._waiting:
+            commands += len(question.commands)
+            if taken and commands > BATCH:
+                break
+            taken += 1
+        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        if not self._waiting:
+            self._has_waiting.clear()
+        return batch
 
-
-class ClusterRedis:
-    """A Redis Cluster: each command goes to its node by itself, so that one that fails is alone."""
-
-    def __init__(self, redis: RedisCluster) -> None:
-        self._redis = redis
-
-    async def ping(self) -> None:
-        await self._redis.ping(target_nodes=RedisCluster.RANDOM)
-
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
-        running = (self._redis.execute_command(*command) for command in commands)
-        return await asyncio.gather(*running, return_exceptions=True)
-
-    async def scan(self, pattern: str) -> int:
-        return sum([1 async for _ in self._redis.scan_iter(pattern, count=SCAN_COUNT)])
-
-    async def aclose(self) -> None:
-        await self._redis.aclose()
-
-
-def connect(address: str, password: str) -> Executor:
-    """
-    Make a client for `host:port`, or for a URL of the scheme redis, rediss, redis+cluster or
-    rediss+cluster, as `chat.config` has checked it. It connects when it is first used.
-    """
-    url = urlsplit(address if "://" in address else f"redis://{address}")
-    nodes = [_host_and_port(node) for node in url.netloc.rpartition("@")[2].split(",")]
-    options: dict[str, Any] = {
-        "username": unquote(url.username) if url.username else None,
-        "password": unquote(url.password) if url.password else password or None,
-        "ssl": url.scheme.startswith("rediss"),
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-    if url.scheme.endswith("+cluster"):
-        startup = [ClusterNode(host, port) for host, port in nodes]
-        return ClusterRedis(RedisCluster(startup_nodes=startup, **options))
-    host, port = nodes[0]
-    return SingleRedis(Redis(host=host, port=port, db=int(url.path.strip("/") or 0), **options))
-
-
-def _host_and_port(node: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{node}")
-    return parts.hostname or "localhost", parts.port or 6379
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+        try:
+            async with asyncio.timeout(self._budget):
+                answers = await self._client.execute(commands)
+        except FAULTS:
+            self._link.suspect(self)
+            return []
+        except Exception:
+            logger.exception("Redis could not be asked, by a fault of ours")
+            self._link.suspect(self)
+            return []
+        self._link.note_refusal(answers)
+        return answers
 
 
 @asynccontextmanager
 async def open_link(address: str, password: str) -> AsyncIterator[Link]:
     """Open the link to Redis, waiting for it no longer than the budget."""
-    executor = connect(address, password)
-    link = Link(executor)
-    await link.probe(BUDGET)
-    running = asyncio.create_task(link.run())
+    link = Link(connect(address, password))
     try:
+        await link.probe(BUDGET)
+        link.start()
         yield link
     finally:
-        running.cancel()
-        await executor.aclose()
+        await link.aclose()

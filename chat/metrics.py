@@ -81,7 +81,7 @@ TOKEN_CACHE_LOOKUPS = Counter(
 )
 HISTORY_CONVERSATIONS = Gauge(
     "history_conversations",
-    "Conversations kept in the history.",
+    "Conversations kept in the history; in a large Redis, by a sample.",
     multiprocess_mode="livemostrecent",
 )
 EVENT_LOOP_TASKS = Gauge(
@@ -92,7 +92,7 @@ HISTORY_LOST = Counter(
 )
 REDIS_UP = Gauge(
     "redis_up",
-    "1 while Redis answers, 0 while it does not, NaN where none is configured.",
+    "1 while Redis takes what it is told, 0 while it does not, NaN where none is configured.",
     multiprocess_mode="livemin",
 )
 

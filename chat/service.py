@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -137,9 +138,20 @@ class ChatService:
         self._refusal = error
 
     async def wait_idle(self, timeout: float) -> bool:
-        """Wait for the replies that run; return whether they ended in time, in seconds."""
-        if self._replies:
-            await asyncio.wait(self._replies, timeout=timeout)
+        """
+        Wait for the replies that run, and until what they said is stored.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Returns:
+            Whether the replies ended in time.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                if self._replies:
+                    await asyncio.wait(self._replies)
+                await self._history.flush()
         return not self._replies
 
     def interrupt(self, error: Callable[[], ChatError]) -> None:

@@ -7,8 +7,7 @@ has a hash of the id: a dump of the keys opens no conversation.
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -20,14 +19,12 @@ import msgspec
 from chat import metrics
 from chat.errors import HistoryUnavailable
 from chat.history import Exchange
-from chat.link import Answers, Command, Link
+from chat.link import Command, Link
 
 logger = logging.getLogger(__name__)
 
-READ_BUDGET = 1.0
-"""Seconds that a chat waits for its history, over a hiccup of Redis."""
-STORE_BUDGET = 1.0
-"""Seconds that the end of a reply waits for its exchange to be stored."""
+BUDGET = 1.0
+"""Seconds that a chat waits for its history, or for its exchange to be stored."""
 STORE_TIMEOUT = 30.0
 """Seconds after which an exchange that cannot be stored is lost."""
 FIRST_PAUSE = 0.05
@@ -35,16 +32,28 @@ FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
 CLOSE_TIMEOUT = 3.0
 """Seconds that the end of the process waits for what is still to be stored."""
-COUNT_INTERVAL = 60.0
-"""Seconds that a count of the conversations stays good: it takes Redis a look at every key."""
+PREFIX = "chat:history:"
 
-# Appending is atomic; and when an answer was lost and it is done again, it changes nothing.
+# Appending is atomic; and when an answer was lost and it is done again, it changes nothing. What
+# was said before the conversation was forgotten, and comes late, stays out: ARGV[3] is its age.
 APPEND = """
+local clock = redis.call('TIME')
+local said_at = clock[1] * 1000 + clock[2] / 1000 - ARGV[3]
+local forgotten_at = redis.call('GET', KEYS[2])
+if forgotten_at and said_at <= tonumber(forgotten_at) then
+    return 0
+end
 if not redis.call('LPOS', KEYS[1], ARGV[1]) then
     redis.call('RPUSH', KEYS[1], ARGV[1])
     redis.call('LTRIM', KEYS[1], -ARGV[2], -1)
 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return redis.call('PEXPIRE', KEYS[1], ARGV[4])
+"""
+FORGET = """
+local clock = redis.call('TIME')
+local now = string.format('%.0f', clock[1] * 1000 + clock[2] / 1000)
+redis.call('SET', KEYS[2], now, 'PX', ARGV[1])
+return redis.call('DEL', KEYS[1])
 """
 
 
@@ -67,99 +76,101 @@ class SharedHistory:
         *,
         max_exchanges: int,
         ttl: float,
-        count_interval: float = COUNT_INTERVAL,
     ) -> None:
         self._link = link
         self._max_exchanges = max_exchanges
         self._ttl = int(ttl * 1000)
-        self._count_interval = count_interval
-        self._counted = (0, float("-inf"))
+        self._counted = 0
         self._storing: set[asyncio.Task[None]] = set()
         self._late: dict[str, asyncio.Task[None]] = {}
         """What is stored in the background, after the end of its reply."""
 
     async def read(self, conversation: str) -> tuple[Exchange, ...]:
         key = _key(conversation)
-        await self._catch_up(key)
-        commands: list[Command] = [("LRANGE", key, 0, -1), ("PEXPIRE", key, self._ttl)]
-        stored, _ = await self._ask(commands, READ_BUDGET)
+        stored, _ = await self._ask_soon(key, [("LRANGE", key, 0, -1), ("PEXPIRE", key, self._ttl)])
         return tuple(_exchanges(stored))
 
     async def append(self, conversation: str, exchange: Exchange) -> None:
         """Store one exchange; where that takes longer than its budget, go on in the background."""
         key = _key(conversation)
         stored = msgspec.json.encode(_Stored(uuid4().hex, exchange))
-        command = ("EVAL", APPEND, 1, key, stored, self._max_exchanges, self._ttl)
-        storing = asyncio.create_task(self._store(command, self._late.get(key)))
+        storing = asyncio.create_task(self._store(key, stored, self._late.get(key)))
         self._storing.add(storing)
         storing.add_done_callback(self._storing.discard)
-        await asyncio.wait([storing], timeout=STORE_BUDGET)
+        await asyncio.wait([storing], timeout=BUDGET)
         if not storing.done():
             self._late[key] = storing
             storing.add_done_callback(partial(self._forget_late, key))
 
     async def forget(self, conversation: str) -> None:
         key = _key(conversation)
-        await self._catch_up(key)
-        await self._ask([("DEL", key)], READ_BUDGET)
+        late = int(2 * STORE_TIMEOUT * 1000)
+        await self._ask_soon(key, [("EVAL", FORGET, 2, key, _forgotten(key), late)])
 
     async def count(self) -> int:
-        """Return how many conversations are kept, as of a while ago; the last known number where
-        Redis is not there."""
-        number, counted_at = self._counted
-        if time.monotonic() - counted_at < self._count_interval:
-            return number
-        try:
-            self._counted = (await self._link.count("chat:history:*"), time.monotonic())
-        except TimeoutError:
-            return number
-        return self._counted[0]
+        """Return about how many conversations are kept; the last known number where Redis is not
+        there."""
+        with suppress(TimeoutError):
+            self._counted = await self._link.count(PREFIX)
+        return self._counted
+
+    async def flush(self) -> None:
+        while self._storing:
+            await asyncio.wait(self._storing)
 
     async def aclose(self) -> None:
         """Wait a while for what is still to be stored, and give up the rest."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.flush()
         storing = list(self._storing)
-        if storing:
-            await asyncio.wait(storing, timeout=CLOSE_TIMEOUT)
         for task in storing:
             task.cancel()
         await asyncio.gather(*storing, return_exceptions=True)
-
-    async def _catch_up(self, key: str) -> None:
-        """Let what was said before be stored before what comes now."""
-        if late := self._late.get(key):
-            await asyncio.wait([late], timeout=READ_BUDGET)
-            if not late.done():
-                raise HistoryUnavailable
 
     def _forget_late(self, key: str, storing: asyncio.Task[None]) -> None:
         if self._late.get(key) is storing:
             del self._late[key]
 
-    async def _store(self, command: Command, before: asyncio.Task[None] | None) -> None:
-        if before:
-            await asyncio.wait([before])
-        try:
-            await self._ask([command], STORE_TIMEOUT)
-        except (HistoryUnavailable, asyncio.CancelledError):
-            metrics.HISTORY_LOST.inc()
-            logger.error("an exchange is lost: Redis could not be reached to store it")
+    async def _store(self, key: str, stored: bytes, before: asyncio.Task[None] | None) -> None:
+        loop = asyncio.get_running_loop()
+        said_at = loop.time()
 
-    async def _ask(self, commands: list[Command], budget: float) -> list[Any]:
+        def commands() -> list[Command]:
+            age = round((loop.time() - said_at) * 1000)
+            keys = (2, key, _forgotten(key))
+            return [("EVAL", APPEND, *keys, stored, self._max_exchanges, age, self._ttl)]
+
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT):
+                if before:
+                    await asyncio.wait([before])
+                await self._ask(commands)
+        except (TimeoutError, asyncio.CancelledError):
+            metrics.HISTORY_LOST.inc()
+            logger.error("an exchange is lost: Redis did not take it")
+
+    async def _ask_soon(self, key: str, commands: list[Command]) -> list[Any]:
         """
-        Ask again and again, until Redis answers.
+        Ask once all is stored that was said before; again and again, until Redis answers.
 
         Raises:
-            HistoryUnavailable: it did not within `budget` seconds.
+            HistoryUnavailable: it does not within the budget.
         """
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + budget, FIRST_PAUSE
-        while (left := deadline - loop.time()) > 0:
-            answers: Answers = await self._link.ask(commands, budget=min(left, READ_BUDGET))
-            if answers is not None:
-                return answers
-            await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
+        try:
+            async with asyncio.timeout(BUDGET):
+                if late := self._late.get(key):
+                    await asyncio.wait([late])
+                return await self._ask(lambda: commands)
+        except TimeoutError:
+            raise HistoryUnavailable from None
+
+    async def _ask(self, commands: Callable[[], list[Command]]) -> list[Any]:
+        pause = FIRST_PAUSE
+        while (answers := await self._link.ask(commands(), budget=BUDGET)) is None:
+            await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        raise HistoryUnavailable
+        return answers
 
 
 def _exchanges(stored: Iterable[bytes]) -> Iterator[Exchange]:
@@ -169,4 +180,10 @@ def _exchanges(stored: Iterable[bytes]) -> Iterator[Exchange]:
 
 
 def _key(conversation: str) -> str:
-    return "chat:history:" + sha256(conversation.encode()).hexdigest()
+    return PREFIX + sha256(conversation.encode()).hexdigest()
+
+
+def _forgotten(key: str) -> str:
+    """Return the key that tells when a conversation was forgotten; by its braces, a cluster keeps
+    it where it keeps the other."""
+    return f"chat:forgotten:{{{key}}}"

@@ -96,9 +96,8 @@ class TokenCounts:
 
     async def _shared(self, keys: list[str]) -> dict[str, int]:
         assert self._link  # noqa: S101
-        values = await self._link.ask([("GET", key) for key in keys]) or [None] * len(keys)
-        pairs = zip(keys, values, strict=True)
-        return {key: int(value) for key, value in pairs if value and value.isdigit()}
+        found = await self._link.look_up(keys)
+        return {key: int(value) for key, value in found.items() if value.isdigit()}
 
     def _key(self, message: Message) -> str:
         text = "\0".join((self._model, message.role, message.content))

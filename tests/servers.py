@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ import psutil
 import redis
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from redis.crc import key_slot
 from starlette.applications import Starlette
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -424,6 +426,11 @@ class RedisCluster:
     def url(self) -> str:
         return "redis+cluster://" + ",".join(server.address for server in self.servers)
 
+    def server_of(self, conversation: str) -> RedisServer:
+        """Return the server that keeps a conversation."""
+        slot = key_slot(f"chat:history:{sha256(conversation.encode()).hexdigest()}".encode())
+        return self.servers[slot // self._share]
+
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for server in self.servers:
@@ -435,8 +442,12 @@ class RedisCluster:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
+    @property
+    def _share(self) -> int:
+        return -(-16_384 // len(self.servers))
+
     def _join(self) -> None:
-        share = -(-16_384 // len(self.servers))
+        share = self._share
         with ExitStack() as stack:
             clients = [stack.enter_context(each.client()) for each in self.servers]
             for number, client in enumerate(clients):

@@ -83,7 +83,7 @@ async def as_coroutine(running: Awaitable[None]) -> None:
 async def on_redis(address: str, scenario: Scenario) -> None:
     async with open_link(address, "") as link:
         await link.probe()
-        history = SharedHistory(link, max_exchanges=2, ttl=60, count_interval=0)
+        history = SharedHistory(link, max_exchanges=2, ttl=60)
         await scenario(history)
         await history.aclose()
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "watchdog", "quota", "recent"],
-    ["logs", "metrics"],
+    ["logs", "metrics", "redis_client"],
     ["config", "messages", "link", "connection", "breaker", "signals", "side_server", "workers"],
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits", "shared_history"],
@@ -37,7 +37,7 @@ HOMES = {
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},
-    "redis": {"link"},
+    "redis": {"redis_client"},
     "prometheus_client": {"metrics"},
     "os": {"config", "signals", "workers"},
 }

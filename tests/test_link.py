@@ -1,5 +1,6 @@
 """Redis as a cache: what it holds, and that no chat waits for it or fails by it."""
 
+import asyncio
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
+from chat.link import Link, open_link
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import RedisCluster, RedisServer, Service, free_port, wait_until
@@ -146,3 +148,93 @@ def test_a_hung_redis_takes_no_more_than_its_budget(
         service.reply(f"n{number}")
     assert time.monotonic() - started_at < 5
     redis_server.resume()
+
+
+def test_once_a_question_took_too_long_none_is_asked_until_redis_answers_again(
+    redis_server: RedisServer,
+) -> None:
+    async def scenario() -> None:
+        async with open_link(redis_server.address, "") as link:
+            assert await link.ask([("GET", "a")]) == [None]
+            redis_server.pause()
+            assert await link.ask([("GET", "a")]) is None
+            with pytest.raises(StopIteration):  # it does not wait for anything
+                link.ask([("GET", "a")]).send(None)
+            redis_server.resume()
+            await until_answered(link)
+
+    asyncio.run(scenario())
+
+
+def test_more_patient_questions_have_a_lane_of_their_own(redis_server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with open_link(redis_server.address, "") as link:
+            redis_server.pause()
+            patient = asyncio.create_task(link.ask([("SET", "b", "1")], budget=20))
+            assert await link.ask([("GET", "a")]) is None
+            redis_server.resume()
+            assert await patient == [True]
+
+    asyncio.run(scenario())
+
+
+async def until_answered(link: Link) -> None:
+    async with asyncio.timeout(20):
+        while await link.ask([("GET", "a")]) is None:
+            await link.probe()
+
+
+def test_a_spike_of_questions_to_a_cluster_takes_few_connections() -> None:
+    async def scenario(cluster: RedisCluster) -> None:
+        async with open_link(cluster.url, "") as link:
+            await link.probe()
+            keys = [f"key {number}" for number in range(300)]
+            for key in keys:
+                assert await link.ask([("SET", key, key)], budget=20) == [True]
+            asked = [link.ask([("GET", key), ("GET", key)], budget=20) for key in keys * 3]
+            assert await asyncio.gather(*asked) == [[key.encode()] * 2 for key in keys * 3]
+            assert await link.look_up(keys[:50]) == {key: key.encode() for key in keys[:50]}
+
+    with RedisCluster() as cluster:
+        asyncio.run(scenario(cluster))
+        for server in cluster.servers:
+            with server.client() as client:
+                assert client.info("stats")["total_connections_received"] < 20
+
+
+def test_a_node_of_a_cluster_that_hangs_is_alone(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    with RedisCluster() as cluster:
+        service = start_service(REDIS_ADDR=cluster.url, HISTORY_STORE="redis")
+        wait_until(lambda: is_up(service))
+        names = [f"conversation-{number:04}" for number in range(30)]
+        cluster.servers[1].pause()
+        wait_until(lambda: redis_state(service) == "partly")
+        statuses = {name: service.chat("hello", name).status_code for name in names}
+        for name, status in statuses.items():
+            assert (status == 503) == (cluster.server_of(name) is cluster.servers[1])
+        assert set(statuses.values()) == {200, 503}
+        assert service.http.get("/ready").status_code == 200
+        cluster.servers[1].resume()
+        wait_until(lambda: redis_state(service) == "up")
+        assert {service.chat("hello", name).status_code for name in names} == {200}
+
+
+def redis_state(service: Service) -> str:
+    state: str = service.http.get("/ready").json()["redis"]
+    return state
+
+
+def test_keys_are_counted_exactly_where_they_are_few_and_else_by_a_sample(
+    redis_server: RedisServer,
+) -> None:
+    async def counted() -> int:
+        async with open_link(redis_server.address, "") as link:
+            return await link.count("a:")
+
+    with redis_server.client() as client:
+        client.mset({f"{kind}:{number}": 1 for number in range(100) for kind in "ab"})
+        assert asyncio.run(counted()) == 100
+        client.mset({f"{kind}:{number}": 1 for number in range(5000) for kind in "ab"})
+        assert 4000 < asyncio.run(counted()) < 6000

@@ -1,18 +1,25 @@
 """Conversations that hop between replicas, and a shared history that goes away and comes back."""
 
+import asyncio
 import json
 import random
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import trustme
+from prometheus_client import REGISTRY
 
+from chat.history import Exchange
+from chat.link import open_link
+from chat.messages import Message
+from chat.shared_history import SharedHistory
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import (
@@ -172,20 +179,94 @@ def test_a_reply_outlives_the_history_and_is_stored_when_it_is_back(
     assert service.metric("history_lost_exchanges_total") == 0
 
 
-def test_what_cannot_be_stored_is_logged_and_counted(
+def test_what_cannot_be_stored_is_counted(redis_server: RedisServer) -> None:
+    def lost() -> float:
+        return REGISTRY.get_sample_value("history_lost_exchanges_total") or 0.0
+
+    async def scenario() -> None:
+        async with open_link(redis_server.address, "") as link:
+            history = SharedHistory(link, max_exchanges=2, ttl=60)
+            redis_server.kill()
+            question, reply = Message("user", "question"), Message("assistant", "reply")
+            await history.append("conversation", Exchange((question, reply)))
+            await history.aclose()
+
+    before = lost()
+    asyncio.run(scenario())
+    assert lost() == before + 1
+
+
+def test_the_end_of_a_replica_waits_for_what_is_still_to_be_stored(
+    groq: FakeGroq, durable_redis: RedisServer, conversation: str
+) -> None:
+    settings = shared(durable_redis, GROQ_BASE_URL=groq.url)
+    with Service(**settings) as ending, Service(**settings) as other:
+        wait_until(lambda: is_ready(ending) and is_ready(other))
+        replies_while_redis_is_away(ending, groq, durable_redis, conversation, 1)
+        ending.process.send_signal(signal.SIGTERM)
+        ending.process.wait_for_line(lambda line: "draining" in line)
+        durable_redis.start()
+        assert ending.process.wait() == 0
+        wait_until(lambda: is_ready(other))
+        assert other.contents(conversation) == ["held 0", "ab"]
+
+
+def test_each_exchange_that_the_end_of_a_replica_loses_is_logged(
     groq: FakeGroq, redis_server: RedisServer, conversation: str
 ) -> None:
-    settings = shared(redis_server, GROQ_BASE_URL=groq.url)
-    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    settings = shared(redis_server, GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.1)
     with Service(**settings) as service:
         wait_until(lambda: is_ready(service))
-        with service.stream("held", conversation) as (_, events):
-            next(events)
-            redis_server.kill()
-            groq.release()
+        replies_while_redis_is_away(service, groq, redis_server, conversation, 2)
+        assert service.process.end() == 0
+        assert len([line for line in service.log_lines() if "is lost" in line["message"]]) == 2
+
+
+def replies_while_redis_is_away(
+    service: Service, groq: FakeGroq, server: RedisServer, conversation: str, count: int
+) -> None:
+    with ExitStack() as stack:
+        streams = []
+        for number in range(count):
+            groq.on(f"held {number}", Script(["a", "b"], hold_before_token=1))
+            stream = stack.enter_context(service.stream(f"held {number}", conversation))
+            assert next(stream[1]).data == "a"
+            streams.append(stream[1])
+        server.kill()
+        groq.release()
+        for events in streams:
             assert [event.data for event in events] == ["b", "[DONE]"]
-    (line,) = [each for each in service.log_lines() if "lost" in each["message"]]
-    assert line["level"] == "ERROR"
+
+
+def test_what_is_forgotten_is_not_brought_back_by_an_exchange_that_is_stored_late(
+    start_service: StartService, groq: FakeGroq, durable_redis: RedisServer, conversation: str
+) -> None:
+    one, other = start_ready(start_service, shared(durable_redis), 2)
+    replies_while_redis_is_away(one, groq, durable_redis, conversation, 1)
+    one.process.send_signal(signal.SIGSTOP)
+    durable_redis.start()
+    wait_until(lambda: is_ready(other))
+    assert other.http.delete(f"/conversations/{conversation}").status_code == 204
+    one.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: is_ready(one))
+    assert one.contents(conversation) == []
+    assert other.reply("after", conversation) == "You said: after"
+    assert other.contents(conversation) == ["after", "You said: after"]
+
+
+def test_a_redis_that_takes_nothing_is_as_good_as_none(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer, conversation: str
+) -> None:
+    (service,) = start_ready(start_service, shared(redis_server), 1)
+    with redis_server.client() as client:
+        client.config_set("maxmemory", 1)
+        wait_until(lambda: not is_ready(service))
+        assert service.chat("hello", conversation).status_code == 503
+        assert groq.asked("hello") == []
+        assert any("OutOfMemoryError" in line["message"] for line in service.log_lines())
+        client.config_set("maxmemory", 0)
+    wait_until(lambda: is_ready(service))
+    assert service.reply("hello", conversation) == "You said: hello"
 
 
 def test_a_fail_over_under_many_conversations_loses_no_acknowledged_exchange(
