@@ -22,7 +22,7 @@ def table(figures: Figures) -> str:
                 aim, verdict = judged(workload, name, figure, value, ratio)
                 shown = f"{ratio:.2f}" if ratio is not None else ""
                 rows.append((workload, figure, name, f"{value:,.1f}", shown, aim, verdict))
-    rows += [("growth", *row) for row in growth_ratios(figures)]
+    rows += [("derived", *row) for row in derived(figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
@@ -64,7 +64,7 @@ def verdict(is_reached: bool) -> str:
     return "reached" if is_reached else "MISSED"
 
 
-def growth_ratios(figures: Figures) -> list[tuple[str, str, str, str, str, str]]:
+def derived(figures: Figures) -> list[tuple[str, str, str, str, str, str]]:
     """Return the figures that are derived from two others."""
     rows = []
     if "direct" in figures.get("first token", {}):
@@ -76,6 +76,8 @@ def growth_ratios(figures: Figures) -> list[tuple[str, str, str, str, str, str]]
                 rows.append(
                     ("first token, added at the median, ms", name, f"{added:.2f}", "", *aim)
                 )
+                added = values["same_moment_median_ms"] - direct["same_moment_median_ms"]
+                rows.append(("the same, asked at one moment, ms", name, f"{added:.2f}", "", "", ""))
     costs = list(figures.get("growth", {}).get("service", {}).values())
     if len(costs) > 1 and costs[-2]:
         ratio = costs[-1] / costs[-2]

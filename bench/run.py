@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -40,7 +40,9 @@ class Sizes:
     seconds: float = 2.0
     callers: int = 50
     flood_tokens: int = 500
-    paced_tokens: int = 300
+    paced_tokens: int = 200
+    paced_turns: int = 3
+    """How often the paced workloads take turns in a round: their cost swings with the machine."""
     pace: float = 0.01
     json_tokens: int = 100
     first_callers: int = 10
@@ -58,6 +60,7 @@ TINY = Sizes(
     callers=4,
     flood_tokens=20,
     paced_tokens=10,
+    paced_turns=1,
     first_callers=2,
     first_seconds=0.1,
     idle_streams=10,
@@ -241,6 +244,19 @@ class Bench:
         return {"requests_per_second": results["replies"] / results["elapsed"]}
 
     def first_token(self, target: Target) -> dict[str, float]:
+        """Of callers who are there at once, each with its own beat; and who also ask at once."""
+        sizes = self.sizes
+        apart = self._first_tokens(target, sizes.first_tokens * sizes.pace / sizes.first_callers)
+        at_once = self._first_tokens(target, 0.0)
+        return {
+            "median_ms": median(apart),
+            "p99_ms": percentile(apart, 99),
+            "same_moment_median_ms": median(at_once),
+            "same_moment_p99_ms": percentile(at_once, 99),
+        }
+
+    def _first_tokens(self, target: Target, stagger: float) -> list[float]:
+        """Return the milliseconds to each first token."""
         sizes = self.sizes
         results = self.load(
             target,
@@ -249,10 +265,9 @@ class Bench:
             tokens=sizes.first_tokens,
             interval=sizes.pace,
             seconds=sizes.first_seconds,
-            stagger=sizes.first_tokens * sizes.pace / sizes.first_callers,
+            stagger=stagger,
         )
-        first = [seconds * 1000 for seconds in results["first"]]
-        return {"median_ms": median(first), "p99_ms": percentile(first, 99)}
+        return [seconds * 1000 for seconds in results["first"]]
 
     def idle(self, target: Target) -> dict[str, float]:
         streams = self.sizes.idle_streams
@@ -306,19 +321,10 @@ def measure(sizes: Sizes, peers: list[Target]) -> dict[str, Any]:
         bench = Bench(stack, sizes)
         direct, naive, service = bench.direct(), bench.naive(), bench.service()
         relays = [naive, service, *peers]
-        sockets = [target for target in relays if target.has_websocket]
         bench.first_token(service)  # a connection to Redis, a warm pool
         for number in range(sizes.rounds):
             print(f"round {number + 1} of {sizes.rounds}", file=sys.stderr, flush=True)
-            for target in [direct, *relays]:
-                note("flood", target, bench.flood(target))
-                note("json", target, bench.json(target))
-                note("first token", target, bench.first_token(target))
-            for target in relays:
-                note("paced", target, bench.paced(target))
-            for target in sockets:
-                note("ws-flood", target, bench.flood(target, "ws"))
-                note("ws-paced", target, bench.paced(target, "ws"))
+            measure_round(bench, direct, relays, note)
         print("idle, growth, TLS", file=sys.stderr, flush=True)
         fresh = bench.service()
         for target in [fresh, *peers]:
@@ -337,6 +343,27 @@ def measure(sizes: Sizes, peers: list[Target]) -> dict[str, Any]:
         }
         for workload, targets in rounds.items()
     }
+
+
+def measure_round(
+    bench: Bench,
+    direct: Target,
+    relays: list[Target],
+    note: Callable[[str, Target, dict[str, float]], None],
+) -> None:
+    """Run the workloads in which the relays take turns, once; the paced ones more often."""
+    sockets = [target for target in relays if target.has_websocket]
+    for target in [direct, *relays]:
+        note("flood", target, bench.flood(target))
+        note("json", target, bench.json(target))
+        note("first token", target, bench.first_token(target))
+    for target in sockets:
+        note("ws-flood", target, bench.flood(target, "ws"))
+    for _ in range(bench.sizes.paced_turns):
+        for target in relays:
+            note("paced", target, bench.paced(target))
+        for target in sockets:
+            note("ws-paced", target, bench.paced(target, "ws"))
 
 
 def main() -> None:
