@@ -31,7 +31,7 @@ class Reply:
         usage: the tokens that it cost, as Groq reported them.
         prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
         model: the model that is asked.
-        is_delivering: whether tokens are being written to the caller.
+        is_delivering: whether tokens wait for the caller.
         progress: how much has come from Groq, whether or not there are tokens in it.
         groq_id: the id to give to Groq's support.
     """
@@ -54,6 +54,7 @@ class Reply:
         self._tokens: list[str] = []
         self._sent = 0
         self._write: Write | None = None
+        self._is_relaying = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._started_at = self._loop.time()
@@ -78,9 +79,16 @@ class Reply:
         self._tokens += tokens
 
     async def deliver(self) -> None:
-        """Write what has been added to the caller, if a transport is there."""
-        if self._write is not None:
-            await self._flush(self._write)
+        """Write what has been added to the caller, as soon as a transport relays."""
+        self.is_delivering = True
+        try:
+            while (write := self._write) is None:
+                await self._is_relaying.wait()
+            while tokens := self._tokens[self._sent :]:
+                await write(tokens)
+                self._sent += len(tokens)
+        finally:
+            self.is_delivering = False
 
     def keep_what_was_sent(self) -> None:
         """Drop the tokens that no transport has written."""
@@ -144,16 +152,17 @@ class Reply:
             write: writes some tokens to the caller; it must not raise.
             on_wake: is called when `wake` was, while the reply goes on.
         """
-        await self._flush(write)
         self._write = write
+        self._is_relaying.set()
         try:
             while self.outcome is None:
                 await self._wait()
-                if self.outcome is None and on_wake:
+                if self.outcome is None and on_wake and not self.is_delivering:
                     await on_wake()
+            await self.deliver()
         finally:
             self._write = None
-        await self._flush(write)
+            self._is_relaying.clear()
 
     async def read_all(self) -> str:
         """
@@ -208,15 +217,6 @@ class Reply:
             **(self.error.log_fields if self.error else {}),
         }
         return {name: value for name, value in fields.items() if value is not None}
-
-    async def _flush(self, write: Write) -> None:
-        self.is_delivering = True
-        try:
-            while tokens := self._tokens[self._sent :]:
-                await write(tokens)
-                self._sent += len(tokens)
-        finally:
-            self.is_delivering = False
 
     def delivery(self) -> object:
         """Return the same for as long as one write waits for the caller."""
