@@ -9,10 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
-from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from math import ceil
-from time import time
 from typing import Literal
 
 import aiohttp
@@ -26,6 +23,7 @@ from chat.config import Settings
 from chat.errors import (
     GroqError,
     GroqFailed,
+    GroqRateLimited,
     GroqRefused,
     GroqReplyBroken,
     GroqReplyCut,
@@ -35,7 +33,7 @@ from chat.errors import (
 )
 from chat.framing import ReplyParser
 from chat.messages import Message, decode_model_names, decode_reply
-from chat.quota import Quota
+from chat.quota import Quota, parse_retry_after
 from chat.reply import Reply
 from chat.watchdog import Watchdog
 
@@ -43,7 +41,6 @@ MAX_CONNECTIONS = 10_000
 KEEP_ALIVE_EXPIRY = 30.0
 """Seconds that an idle connection to Groq is kept for the next request."""
 MAX_REPLY_BYTES = 16 << 20
-MAX_RETRY_AFTER = 86_400
 DRAIN_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
@@ -222,7 +219,7 @@ class Groq:
                 with attempt.clocks:
                     with self.quota.reserve((reply.prompt_tokens or 0) + self._max_tokens):
                         response = await self._client.send(request, stream=True)
-                        self.quota.note(response.headers)
+                        self.quota.note(response.status_code, response.headers)
                     async with aclosing(response):
                         if response.status_code != 200:
                             raise await _refusal(response)
@@ -305,6 +302,8 @@ def _translate(error: Exception, attempt: _Attempt) -> GroqError:
 async def _refusal(response: httpx.Response) -> GroqRefused:
     status = response.status_code
     retry_after = parse_retry_after(response.headers.get("retry-after", ""))
+    if status == 429:
+        return GroqRateLimited(retry_after)
     is_too_large = status == 413 or (
         status == 400 and TOO_LARGE.search(await _beginning(_content(response))) is not None
     )
@@ -321,18 +320,6 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
     except (TimeoutError, aiohttp.ClientError):
         pass
     return body
-
-
-def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
-    """Return the seconds of a `retry-after` header, given as a number or as a date."""
-    if re.fullmatch(r"\d{1,5}(\.\d{1,9})?", value.strip()):
-        return min(ceil(float(value)), MAX_RETRY_AFTER)
-    try:
-        date = parsedate_to_datetime(value).timestamp()
-    except (ValueError, OverflowError):
-        return None
-    seconds = max(0, ceil(date - (time() if now is None else now)))
-    return seconds if seconds <= MAX_RETRY_AFTER else None
 
 
 async def _drain(content: aiohttp.StreamReader) -> None:

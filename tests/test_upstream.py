@@ -192,6 +192,20 @@ def test_a_quota_that_is_used_up_for_long_is_not_tried(
     assert groq.asked("second") == []
 
 
+def test_what_a_429_refuses_for_long_is_not_tried_by_others(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**RETRIES)
+    minute = quota_of(8000, "0s")
+    groq.on("question", Script(status=429, headers=(("retry-after", "600"), *minute)))
+    assert service.chat("question").status_code == 502
+    for _ in range(3):
+        answer = service.chat("question")
+        assert answer.status_code == 503
+        assert 500 < int(answer.headers["retry-after"]) <= 600
+    assert len(groq.asked("question")) == 1
+
+
 def test_a_quota_that_is_there_again_soon_is_waited_for(
     start_service: StartService, groq: FakeGroq
 ) -> None:
@@ -239,6 +253,17 @@ def test_a_model_that_is_down_is_passed_over_for_the_fallback(
 ) -> None:
     service = start_service(**FALLBACK, GROQ_CIRCUIT_FAILURES=1)
     groq.on("question", Script(status=503), Script(["good"]))
+    assert service.reply("question") == "good"
+    assert service.reply("question") == "good"
+    models = [request.body["model"] for request in groq.asked("question")]
+    assert models == ["openai/gpt-oss-20b", "openai/gpt-oss-120b", "openai/gpt-oss-120b"]
+
+
+def test_a_model_that_refuses_for_long_is_passed_over_for_the_fallback(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    groq.on("question", Script(status=429, headers=(("retry-after", "600"),)), Script(["good"]))
     assert service.reply("question") == "good"
     assert service.reply("question") == "good"
     models = [request.body["model"] for request in groq.asked("question")]
