@@ -22,7 +22,11 @@ class Reply:
     """
     The tokens of one reply, and how it goes with it. One transport at a time.
 
+    Args:
+        time_limit: seconds after which it is given up.
+
     Attributes:
+        deadline: when it is given up, by the event loop's clock.
         is_accepted: whether Groq has begun to answer.
         outcome: how the reply ended; None while it runs.
         error: what it failed by.
@@ -36,7 +40,7 @@ class Reply:
         groq_id: the id to give to Groq's support.
     """
 
-    def __init__(self, stream_type: StreamType, model: str) -> None:
+    def __init__(self, stream_type: StreamType, model: str, time_limit: float) -> None:
         self.stream_type = stream_type
         self.model = model
         self.is_accepted = False
@@ -58,6 +62,7 @@ class Reply:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._started_at = self._loop.time()
+        self.deadline = self._started_at + time_limit
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
 
@@ -124,6 +129,11 @@ class Reply:
     def duration(self) -> float:
         """Seconds from its beginning to its end, or until now."""
         return (self._ended_at or self._loop.time()) - self._started_at
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until it is given up."""
+        return self.deadline - self._loop.time()
 
     # The transport's side.
 

@@ -7,8 +7,9 @@ Whatever is tried, is tried before the first token; after it, an error ends the 
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from math import ceil, inf
 
 from chat import metrics
 from chat.breaker import CircuitBreaker
@@ -61,24 +62,15 @@ class Upstream:
         Raises:
             GroqError: there is no reply, or it broke off; what came until then is in `reply`.
         """
-        models = iter(self._models)
-        model, retries = next(models), 0
-        while True:
+        longest = (FIRST_BACKOFF * 2**retry for retry in range(self._max_retries))
+        backoffs = (random.uniform(0, each) for each in longest)  # noqa: S311
+        for model, fallback in zip_longest(self._models, self._models[1:]):
             try:
-                return await self._attempt(model, messages, reply)
+                return await self._try(model, messages, reply, backoffs, fallback is not None)
             except GroqError as error:
-                _explain(error, model)
-                if reply.has_tokens:
+                if not fallback or reply.has_tokens or not error.is_of_model:
                     raise
-                fallback = next(models, None) if error.is_of_model else None
-                delay = 0.0 if fallback else self._delay(error, retries)
-            if fallback:
-                _note_fallback(fallback)
-                model = fallback
-            else:
-                await asyncio.sleep(delay)
-                metrics.GROQ_RETRIES.inc()
-                retries += 1
+            _note_fallback(fallback)
 
     async def check_forever(self) -> None:
         """Look now and then whether Groq knows the key and the models, until cancelled."""
@@ -90,31 +82,50 @@ class Upstream:
                     logger.exception("the models could not be looked up, by a fault of ours")
             await asyncio.sleep(CHECK_INTERVAL)
 
-    async def _attempt(self, model: Groq, messages: Sequence[Message], reply: Reply) -> None:
+    async def _try(
+        self,
+        model: Groq,
+        messages: Sequence[Message],
+        reply: Reply,
+        backoffs: Iterator[float],
+        has_fallback: bool,
+    ) -> None:
+        """Ask one model, and again where that may help, for as long as there are `backoffs`."""
+        while True:
+            try:
+                return await self._attempt(model, messages, reply, has_fallback)
+            except GroqError as error:
+                _explain(error, model)
+                is_of_fallback = has_fallback and error.is_of_model
+                if reply.has_tokens or is_of_fallback or not error.is_temporary:
+                    raise
+                wished = error.retry_after or 0
+                delay = wished + next(backoffs, inf)
+                if wished > LONGEST_WAIT or delay >= reply.time_left:
+                    raise
+            await asyncio.sleep(delay)
+            metrics.GROQ_RETRIES.inc()
+
+    async def _attempt(
+        self, model: Groq, messages: Sequence[Message], reply: Reply, has_fallback: bool
+    ) -> None:
         reply.model = model.model
         breaker = self._breakers[model.model]
         breaker.check()
-        await self._wait_for_quota(model, reply)
+        await self._wait_for_quota(model, reply, 0.0 if has_fallback else LONGEST_WAIT)
         with breaker.request() as succeed:
             ask = model.complete if reply.stream_type == "json" else model.stream
             await ask(messages, reply, succeed)
 
-    async def _wait_for_quota(self, model: Groq, reply: Reply) -> None:
+    async def _wait_for_quota(self, model: Groq, reply: Reply, longest_wait: float) -> None:
         tokens = (reply.prompt_tokens or 0) + self._max_tokens
-        left = LONGEST_WAIT
+        left = min(longest_wait, reply.time_left)
         while wait := model.quota.wait_for(tokens):
             if wait > left:
                 raise GroqQuotaUsedUp(ceil(wait))
             pause = min(wait, QUOTA_INTERVAL)
             await asyncio.sleep(pause)
             left -= pause
-
-    def _delay(self, error: GroqError, retries: int) -> float:
-        """Return the seconds to wait before another try; raise the error where none is left."""
-        wished = error.retry_after or 0
-        if retries == self._max_retries or not error.is_temporary or wished > LONGEST_WAIT:
-            raise error
-        return wished + random.uniform(0, FIRST_BACKOFF * 2**retries)  # noqa: S311
 
     def _note(self, model: str, state: ModelState) -> None:
         fields, before = {"model": model}, self.model_states[model]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from chat.reply import Reply
+from tests.servers import PATIENCE
 
 TOKENS = ["a", "b", "c"]
 
@@ -49,8 +50,8 @@ def taken_from(begin: Begin) -> tuple[str, list[list[str]]]:
     """Return what has been read by the first write, and what is written in the end."""
 
     async def scenario() -> tuple[str, list[list[str]]]:
-        reply, caller = Reply("sse", "a-model"), SlowCaller()
-        async with asyncio.timeout(5):
+        reply, caller = Reply("sse", "a-model", PATIENCE), SlowCaller()
+        async with asyncio.timeout(PATIENCE):
             running = asyncio.gather(*begin(reply, caller))
             await caller.is_written_to.wait()
             read = reply.text
@@ -68,11 +69,11 @@ def test_groq_is_read_no_further_while_the_first_write_waits() -> None:
 
 def test_a_reply_ends_while_it_waits_for_a_transport() -> None:
     async def scenario() -> Reply:
-        reply = Reply("sse", "a-model")
+        reply = Reply("sse", "a-model", PATIENCE)
         reading = asyncio.create_task(pass_on(reply))
         reply.begin(reading.cancel)
         asyncio.get_running_loop().call_soon(reply.abandon)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await asyncio.wait([reading])
         assert reading.cancelled()
         return reply
@@ -82,7 +83,7 @@ def test_a_reply_ends_while_it_waits_for_a_transport() -> None:
 
 def test_what_came_before_a_transport_is_written_at_the_end() -> None:
     async def scenario() -> list[list[str]]:
-        reply, caller = Reply("sse", "a-model"), SlowCaller()
+        reply, caller = Reply("sse", "a-model", PATIENCE), SlowCaller()
         reply.add(["whole"])
         reply.end("completed")
         caller.may_take.set()

@@ -121,6 +121,21 @@ def test_the_whole_reply_has_a_limit(
     assert service.contents(conversation) == []
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_waited_for_within_the_limit_is_passed_on_at_once(
+    start_service: StartService, groq: FakeGroq, stream: bool
+) -> None:
+    service = start_service(**RETRIES, REPLY_TIMEOUT=3)
+    groq.on("question", Script(status=503, headers=(("retry-after", "9"),)))
+    answer = service.chat("question", stream=stream)
+    assert (answer.status_code, answer.headers["retry-after"]) == (502, "9")
+    groq.on("first", Script(["good"], headers=quota_of(0, "60s")))
+    service.reply("first")
+    answer = service.chat("second", stream=stream)
+    assert answer.status_code == 503
+    assert 3 < int(answer.headers["retry-after"]) <= 10, "some 1,030 of 8,000 tokens"
+
+
 TOO_LONG = b'{"error":{"code":"context_length_exceeded","message":"Please reduce the length"}}'
 
 
@@ -254,6 +269,28 @@ def test_a_model_that_is_down_is_passed_over_for_the_fallback(
     service = start_service(**FALLBACK, GROQ_CIRCUIT_FAILURES=1)
     groq.on("question", Script(status=503), Script(["good"]))
     assert service.reply("question") == "good"
+    assert service.reply("question") == "good"
+    models = [request.body["model"] for request in groq.asked("question")]
+    assert models == ["openai/gpt-oss-20b", "openai/gpt-oss-120b", "openai/gpt-oss-120b"]
+
+
+def test_a_quota_is_not_waited_for_where_there_is_a_fallback(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    groq.on("first", Script(["good"], headers=quota_of(0, "60s")))
+    service.reply("first")
+    service.reply("second")
+    assert groq.asked("second")[0].body["model"] == "openai/gpt-oss-120b"
+    assert service.metric("groq_fallbacks_total") == 1
+
+
+def test_the_fallback_is_waited_for_in_its_turn(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    refused = Script(status=429, headers=(("retry-after", "1"),))
+    groq.on("question", refused, refused, Script(["good"]))
     assert service.reply("question") == "good"
     models = [request.body["model"] for request in groq.asked("question")]
     assert models == ["openai/gpt-oss-20b", "openai/gpt-oss-120b", "openai/gpt-oss-120b"]
