@@ -92,6 +92,22 @@ def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, cloc
             assert state_of(breaker) is State.CLOSED
 
 
+def test_while_a_probe_hangs_others_are_told_to_wait_for_longer_and_longer(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    def told() -> int | None:
+        with pytest.raises(GroqDown) as refused:
+            breaker.check()
+        return refused.value.retry_after
+
+    open_it(breaker)
+    clock.now += 3600  # nobody came
+    with breaker.request():
+        assert told() == 1
+        clock.now += 20
+        assert told() == 20
+
+
 def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(
     breaker: CircuitBreaker, clock: Clock
 ) -> None:
