@@ -53,6 +53,9 @@ REASONING_MODELS = re.compile(r"openai/gpt-oss-\d+b")
 TOO_LARGE = re.compile(rb"context.{0,20}(length|size|window)|reduce the length", re.I)
 """How OpenAI-compatible servers say, somewhere in a 400, that a prompt is too long."""
 
+REPLY_TYPES = ("text/event-stream", "application/json", "")
+"""The last: one that is not named is taken for what was asked for."""
+
 OnAnswer = Callable[[], object]
 ModelState = Literal["available", "missing", "refused", "unknown"]
 
@@ -121,7 +124,7 @@ class Groq:
         """
         options = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         async with self._asked(options, reply, self._first_event_timeout) as attempt:
-            if attempt.content_type.startswith("application/json"):
+            if attempt.is_whole:
                 await self._read_whole(attempt, reply)  # of a server that cannot stream
                 on_answer()
                 return
@@ -234,11 +237,12 @@ class _Attempt:
     Attributes:
         is_waiting: whether the first event is still to come.
         is_accepted: whether Groq has begun to answer.
+        is_whole: whether the answer is no stream.
     """
 
     clock: asyncio.Timeout
     content: aiohttp.StreamReader
-    content_type: str
+    is_whole: bool
 
     def __init__(self, reply: Reply, silence_limit: float) -> None:
         self.is_waiting = True
@@ -248,9 +252,14 @@ class _Attempt:
         self._silence_limit = silence_limit
 
     def accept(self, response: httpx.Response) -> None:
+        """Begin to read a reply, unless it is a page of a server that is not Groq at all."""
+        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if content_type not in REPLY_TYPES or encoding != "identity":
+            raise GroqReplyBroken("sent something that is not a reply")
         self.is_accepted = True
         self.content = _content(response)
-        self.content_type = response.headers.get("content-type", "")
+        self.is_whole = content_type == "application/json"
         self._reply.accept()
 
     def begin(self) -> None:

@@ -26,20 +26,19 @@ def parse_duration(text: str) -> float | None:
     return sum(float(number) * SECONDS[unit] for number, unit in DURATION_PART.findall(text))
 
 
-MAX_RETRY_AFTER = 86_400
+LONGEST_WAIT = 86_400.0
+"""Seconds; a longer one is nonsense: Groq's windows are a minute and a day."""
 
 
 def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
     """Return the seconds of a `retry-after` header, a number or a date, but a day at most."""
-    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-        seconds = float(value)
-    else:
-        try:
-            date = parsedate_to_datetime(value).timestamp()
-        except (ValueError, OverflowError):
-            return None
-        seconds = max(0, date - (time.time() if now is None else now))
-    return ceil(min(seconds, MAX_RETRY_AFTER))
+    now = time.time() if now is None else now
+    is_number = re.fullmatch(r"\d+(\.\d+)?", value.strip())
+    try:
+        seconds = float(value) if is_number else parsedate_to_datetime(value).timestamp() - now
+    except (ValueError, OverflowError):
+        return None
+    return ceil(min(max(0, seconds), LONGEST_WAIT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,6 @@ class Level:
         return max(0.0, self.noted_at + share * self.reset - now)
 
 
-LONGEST_RESET = 86_400.0
-"""A longer one is nonsense: Groq's windows are a minute and a day."""
 PROBE_INTERVAL = 60.0
 """Seconds after which one request is sent in spite of a quota that is used up: only an answer can
 tell that it has been raised."""
@@ -115,7 +112,7 @@ class Quota:
             reset = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
             if remaining is not None and reset is not None:
                 limit = _number(headers.get(f"x-ratelimit-limit-{kind}", ""))
-                self._levels[kind] = Level(limit, remaining, min(reset, LONGEST_RESET), now)
+                self._levels[kind] = Level(limit, remaining, min(reset, LONGEST_WAIT), now)
                 self._probe_at = now + PROBE_INTERVAL
 
 

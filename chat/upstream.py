@@ -8,7 +8,6 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from math import ceil, inf
 
 from chat import metrics
@@ -64,13 +63,15 @@ class Upstream:
         """
         longest = (FIRST_BACKOFF * 2**retry for retry in range(self._max_retries))
         backoffs = (random.uniform(0, each) for each in longest)  # noqa: S311
-        for model, fallback in zip_longest(self._models, self._models[1:]):
+        for model in self._models:
             try:
-                return await self._try(model, messages, reply, backoffs, fallback is not None)
+                return await self._try(model, messages, reply, backoffs)
             except GroqError as error:
-                if not fallback or reply.has_tokens or not error.is_of_model:
+                if reply.has_tokens or not self._is_for_fallback(error, model):
                     raise
-            _note_fallback(fallback)
+            metrics.GROQ_FALLBACKS.inc()
+            fields = {"model": self._models[-1].model}
+            logger.warning("the fallback model is asked", extra={"fields": fields})
 
     async def check_forever(self) -> None:
         """Look now and then whether Groq knows the key and the models, until cancelled."""
@@ -83,21 +84,16 @@ class Upstream:
             await asyncio.sleep(CHECK_INTERVAL)
 
     async def _try(
-        self,
-        model: Groq,
-        messages: Sequence[Message],
-        reply: Reply,
-        backoffs: Iterator[float],
-        has_fallback: bool,
+        self, model: Groq, messages: Sequence[Message], reply: Reply, backoffs: Iterator[float]
     ) -> None:
         """Ask one model, and again where that may help, for as long as there are `backoffs`."""
         while True:
             try:
-                return await self._attempt(model, messages, reply, has_fallback)
+                return await self._attempt(model, messages, reply)
             except GroqError as error:
                 _explain(error, model)
-                is_of_fallback = has_fallback and error.is_of_model
-                if reply.has_tokens or is_of_fallback or not error.is_temporary:
+                is_over = reply.has_tokens or not error.is_temporary
+                if is_over or self._is_for_fallback(error, model):
                     raise
                 wished = error.retry_after or 0
                 delay = wished + next(backoffs, inf)
@@ -106,20 +102,21 @@ class Upstream:
             await asyncio.sleep(delay)
             metrics.GROQ_RETRIES.inc()
 
-    async def _attempt(
-        self, model: Groq, messages: Sequence[Message], reply: Reply, has_fallback: bool
-    ) -> None:
+    def _is_for_fallback(self, error: GroqError, model: Groq) -> bool:
+        return error.is_of_model and model is not self._models[-1]
+
+    async def _attempt(self, model: Groq, messages: Sequence[Message], reply: Reply) -> None:
         reply.model = model.model
         breaker = self._breakers[model.model]
         breaker.check()
-        await self._wait_for_quota(model, reply, 0.0 if has_fallback else LONGEST_WAIT)
+        await self._wait_for_quota(model, reply)
         with breaker.request() as succeed:
             ask = model.complete if reply.stream_type == "json" else model.stream
             await ask(messages, reply, succeed)
 
-    async def _wait_for_quota(self, model: Groq, reply: Reply, longest_wait: float) -> None:
+    async def _wait_for_quota(self, model: Groq, reply: Reply) -> None:
         tokens = (reply.prompt_tokens or 0) + self._max_tokens
-        left = min(longest_wait, reply.time_left)
+        left = min(LONGEST_WAIT, reply.time_left) if model is self._models[-1] else 0
         while wait := model.quota.wait_for(tokens):
             if wait > left:
                 raise GroqQuotaUsedUp(ceil(wait))
@@ -143,8 +140,3 @@ def _explain(error: GroqError, model: Groq) -> None:
     if isinstance(error, GroqRefused) and error.upstream_status in REFUSALS:
         explanation = REFUSALS[error.upstream_status]
         logger.error(explanation, extra={"fields": {"model": model.model}})
-
-
-def _note_fallback(fallback: Groq) -> None:
-    metrics.GROQ_FALLBACKS.inc()
-    logger.warning("the fallback model is asked", extra={"fields": {"model": fallback.model}})

@@ -15,6 +15,7 @@ TEMPORARY = [
     Script(cut_before_status=True),
     Script(cut_before_token=0),
     Script(error_before_token=0),
+    Script(error_before_token=0, error="event: error\ndata: overloaded"),
     *(Script(status=status) for status in (408, 409, 429, 498, 500, 502, 503, 504)),
 ]
 
