@@ -63,7 +63,8 @@ class CircuitBreaker:
         """
         wait = self._probe_at - self._clock()
         if self._is_open and (wait > 0 or self._probe):
-            raise GroqDown(max(1, ceil(wait)))
+            # The longer a probe hangs, the longer its answer may take.
+            raise GroqDown(max(1, abs(ceil(wait))))
 
     @contextmanager
     def request(self) -> Iterator[Callable[[], object]]:
@@ -79,7 +80,7 @@ class CircuitBreaker:
         self.check()
         request, has_answered = object(), False
         if self._is_open:
-            self._probe = request
+            self._probe, self._probe_at = request, self._clock()
             self._note()
 
         def succeed() -> None:

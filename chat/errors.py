@@ -16,7 +16,8 @@ ChatError
 ├── Draining                  503  this replica ends; closes a WebSocket with 1012
 ├── GroqError                 502
 │   ├── GroqUnreachable            no connection, or it broke before an answer
-│   ├── GroqRefused                an error status; knows `retry_after`; 429: the quota is used up
+│   ├── GroqRefused                an error status; knows `retry_after`
+│   │   └── GroqRateLimited         429: the quota is used up
 │   ├── GroqFailed                 an error in mid-stream
 │   ├── GroqReplyBroken            not what the protocol says
 │   │   └── GroqReplyCut           ended before its end
@@ -209,8 +210,6 @@ class GroqRefused(GroqError):
             what = "cannot be used at the moment"
         super().__init__(f"the language model service {what}")
         self.upstream_status = upstream_status
-        if upstream_status == 429:
-            self.reason = GroqQuotaUsedUp.reason
         self.retry_after = retry_after
         self.is_too_large = is_too_large
         self.is_temporary = upstream_status in TEMPORARY
@@ -221,6 +220,14 @@ class GroqRefused(GroqError):
     @property
     def log_fields(self) -> dict[str, object]:
         return {"error": self.reason, "upstream_status": self.upstream_status}
+
+
+class GroqRateLimited(GroqRefused):
+    reason = "quota"
+
+    def __init__(self, retry_after: int | None) -> None:
+        super().__init__(429, retry_after)
+        self.is_answer = False  # of a limit in front of the model: it may be down behind it
 
 
 class GroqFailed(GroqError):

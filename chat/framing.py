@@ -10,7 +10,7 @@ import re
 import msgspec
 
 from chat.errors import GroqError, GroqFailed, GroqReplyBroken, GroqReplyCut
-from chat.messages import Usage, decode_chunks
+from chat.messages import NULL, Usage, decode_chunks
 
 MAX_EVENT_BYTES = 1 << 20
 """More than this without the end of an event is no reply."""
@@ -30,7 +30,7 @@ class EventParser:
     Split an event stream into the data of its events, however its bytes are cut.
 
     Lines end with LF, CRLF or CR and with nothing else. Comments and fields other than `data`
-    and `event` are passed over; what an event named `error` says becomes `{"error": ...}`.
+    and `event` are passed over; an event named `error` becomes `{"error":true}`, whatever it says.
     """
 
     def __init__(self) -> None:
@@ -88,8 +88,7 @@ class EventParser:
                 data.append(value)
             elif field == b"event":
                 is_error = value == b"error"
-        text = b"\n".join(data)
-        return b'{"error":' + (text or b"true") + b"}" if is_error else text
+        return b'{"error":true}' if is_error else b"\n".join(data)
 
 
 class ReplyParser:
@@ -145,7 +144,7 @@ class ReplyParser:
                 if choice.delta and choice.delta.content:
                     tokens.append(choice.delta.content)
                 self.finish_reason = choice.finish_reason or self.finish_reason
-            if chunk.usage is not None or chunk.x_groq is not None or chunk.error is not None:
+            if chunk.usage is not NULL or chunk.x_groq is not None or chunk.error is not NULL:
                 self.usage = chunk.reported_usage or self.usage
                 self.groq_id = chunk.groq_id or self.groq_id
                 if chunk.is_error:

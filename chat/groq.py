@@ -9,10 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
-from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from math import ceil
-from time import time
 from typing import Literal
 
 import aiohttp
@@ -26,6 +23,7 @@ from chat.config import Settings
 from chat.errors import (
     GroqError,
     GroqFailed,
+    GroqRateLimited,
     GroqRefused,
     GroqReplyBroken,
     GroqReplyCut,
@@ -35,7 +33,7 @@ from chat.errors import (
 )
 from chat.framing import ReplyParser
 from chat.messages import Message, decode_model_names, decode_reply
-from chat.quota import Quota
+from chat.quota import Quota, parse_retry_after
 from chat.reply import Reply
 from chat.watchdog import Watchdog
 
@@ -43,7 +41,6 @@ MAX_CONNECTIONS = 10_000
 KEEP_ALIVE_EXPIRY = 30.0
 """Seconds that an idle connection to Groq is kept for the next request."""
 MAX_REPLY_BYTES = 16 << 20
-MAX_RETRY_AFTER = 86_400
 DRAIN_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
@@ -55,6 +52,9 @@ LOOK_UP_TIMEOUT = 10.0
 REASONING_MODELS = re.compile(r"openai/gpt-oss-\d+b")
 TOO_LARGE = re.compile(rb"context.{0,20}(length|size|window)|reduce the length", re.I)
 """How OpenAI-compatible servers say, somewhere in a 400, that a prompt is too long."""
+
+REPLY_TYPES = ("text/event-stream", "application/json", "")
+"""The last: one that is not named is taken for what was asked for."""
 
 OnAnswer = Callable[[], object]
 ModelState = Literal["available", "missing", "refused", "unknown"]
@@ -124,7 +124,7 @@ class Groq:
         """
         options = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         async with self._asked(options, reply, self._first_event_timeout) as attempt:
-            if attempt.content_type.startswith("application/json"):
+            if attempt.is_whole:
                 await self._read_whole(attempt, reply)  # of a server that cannot stream
                 on_answer()
                 return
@@ -222,7 +222,7 @@ class Groq:
                 with attempt.clocks:
                     with self.quota.reserve((reply.prompt_tokens or 0) + self._max_tokens):
                         response = await self._client.send(request, stream=True)
-                        self.quota.note(response.headers)
+                        self.quota.note(response.status_code, response.headers)
                     async with aclosing(response):
                         if response.status_code != 200:
                             raise await _refusal(response)
@@ -237,11 +237,12 @@ class _Attempt:
     Attributes:
         is_waiting: whether the first event is still to come.
         is_accepted: whether Groq has begun to answer.
+        is_whole: whether the answer is no stream.
     """
 
     clock: asyncio.Timeout
     content: aiohttp.StreamReader
-    content_type: str
+    is_whole: bool
 
     def __init__(self, reply: Reply, silence_limit: float) -> None:
         self.is_waiting = True
@@ -251,9 +252,14 @@ class _Attempt:
         self._silence_limit = silence_limit
 
     def accept(self, response: httpx.Response) -> None:
+        """Begin to read a reply, unless it is a page of a server that is not Groq at all."""
+        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if content_type not in REPLY_TYPES or encoding != "identity":
+            raise GroqReplyBroken("sent something that is not a reply")
         self.is_accepted = True
         self.content = _content(response)
-        self.content_type = response.headers.get("content-type", "")
+        self.is_whole = content_type == "application/json"
         self._reply.accept()
 
     def begin(self) -> None:
@@ -305,6 +311,8 @@ def _translate(error: Exception, attempt: _Attempt) -> GroqError:
 async def _refusal(response: httpx.Response) -> GroqRefused:
     status = response.status_code
     retry_after = parse_retry_after(response.headers.get("retry-after", ""))
+    if status == 429:
+        return GroqRateLimited(retry_after)
     is_too_large = status == 413 or (
         status == 400 and TOO_LARGE.search(await _beginning(_content(response))) is not None
     )
@@ -321,18 +329,6 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
     except (TimeoutError, aiohttp.ClientError):
         pass
     return body
-
-
-def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
-    """Return the seconds of a `retry-after` header, given as a number or as a date."""
-    if re.fullmatch(r"\d{1,5}(\.\d{1,9})?", value.strip()):
-        return min(ceil(float(value)), MAX_RETRY_AFTER)
-    try:
-        date = parsedate_to_datetime(value).timestamp()
-    except (ValueError, OverflowError):
-        return None
-    seconds = max(0, ceil(date - (time() if now is None else now)))
-    return seconds if seconds <= MAX_RETRY_AFTER else None
 
 
 async def _drain(content: aiohttp.StreamReader) -> None:

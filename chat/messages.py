@@ -7,7 +7,7 @@ OpenAI-compatible servers leave out, or send as null, are optional here.
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -118,12 +118,16 @@ class Usage(msgspec.Struct):
         return (self.completion_tokens or 0) - (reasoning or 0)
 
 
+NULL = msgspec.Raw(b"null")
+"""What may be anything is not decoded with the rest, which is good where that is nonsense."""
+
+
 class GroqExtra(msgspec.Struct):
     """Groq's own member of a chunk."""
 
     id: str | None = None
-    usage: Any = None
-    error: Any = None
+    usage: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -140,32 +144,34 @@ class Chunk(msgspec.Struct, gc=False):
     """One event of a streamed reply, or a whole reply: they differ in `delta` and `message`."""
 
     choices: list[Choice] | None = None
-    usage: Any = None
+    usage: msgspec.Raw = NULL
     x_groq: GroqExtra | None = None
-    error: Any = None
+    error: msgspec.Raw = NULL
 
     @property
     def is_error(self) -> bool:
-        return self.error is not None or (self.x_groq is not None and self.x_groq.error is not None)
+        return self.error != NULL or (self.x_groq is not None and self.x_groq.error != NULL)
 
     @property
     def reported_usage(self) -> Usage | None:
         """What the reply cost; None where that is not said, or is nonsense: a reply is good
         without it."""
-        reported = self.usage or (self.x_groq.usage if self.x_groq else None)
-        if reported is None:
-            return None
-        try:
-            return msgspec.convert(reported, Usage)
-        except msgspec.ValidationError:
-            return None
+        return _usage(self.usage) or (_usage(self.x_groq.usage) if self.x_groq else None)
 
     @property
     def groq_id(self) -> str | None:
         return self.x_groq.id if self.x_groq else None
 
 
+def _usage(reported: msgspec.Raw) -> Usage | None:
+    try:
+        return _USAGE.decode(reported)
+    except (ValueError, RecursionError):
+        return None
+
+
 _CHUNK = msgspec.json.Decoder(Chunk)
+_USAGE: msgspec.json.Decoder[Usage | None] = msgspec.json.Decoder(Usage | None)
 _CHUNKS = msgspec.json.Decoder(list[Chunk])
 
 

@@ -22,7 +22,11 @@ class Reply:
     """
     The tokens of one reply, and how it goes with it. One transport at a time.
 
+    Args:
+        time_limit: seconds after which it is given up.
+
     Attributes:
+        deadline: when it is given up, by the event loop's clock.
         is_accepted: whether Groq has begun to answer.
         outcome: how the reply ended; None while it runs.
         error: what it failed by.
@@ -31,12 +35,12 @@ class Reply:
         usage: the tokens that it cost, as Groq reported them.
         prompt_tokens, completion_tokens: the same, estimated where Groq reports nothing.
         model: the model that is asked.
-        is_delivering: whether tokens are being written to the caller.
+        is_delivering: whether tokens wait for the caller.
         progress: how much has come from Groq, whether or not there are tokens in it.
         groq_id: the id to give to Groq's support.
     """
 
-    def __init__(self, stream_type: StreamType, model: str) -> None:
+    def __init__(self, stream_type: StreamType, model: str, time_limit: float) -> None:
         self.stream_type = stream_type
         self.model = model
         self.is_accepted = False
@@ -54,9 +58,11 @@ class Reply:
         self._tokens: list[str] = []
         self._sent = 0
         self._write: Write | None = None
+        self._is_relaying = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._started_at = self._loop.time()
+        self.deadline = self._started_at + time_limit
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
 
@@ -78,9 +84,16 @@ class Reply:
         self._tokens += tokens
 
     async def deliver(self) -> None:
-        """Write what has been added to the caller, if a transport is there."""
-        if self._write is not None:
-            await self._flush(self._write)
+        """Write what has been added to the caller, as soon as a transport relays."""
+        self.is_delivering = True
+        try:
+            while (write := self._write) is None:
+                await self._is_relaying.wait()
+            while tokens := self._tokens[self._sent :]:
+                await write(tokens)
+                self._sent += len(tokens)
+        finally:
+            self.is_delivering = False
 
     def keep_what_was_sent(self) -> None:
         """Drop the tokens that no transport has written."""
@@ -117,6 +130,11 @@ class Reply:
         """Seconds from its beginning to its end, or until now."""
         return (self._ended_at or self._loop.time()) - self._started_at
 
+    @property
+    def time_left(self) -> float:
+        """Seconds until it is given up."""
+        return self.deadline - self._loop.time()
+
     # The transport's side.
 
     async def wait_accepted(self, timeout: float) -> bool:
@@ -144,16 +162,17 @@ class Reply:
             write: writes some tokens to the caller; it must not raise.
             on_wake: is called when `wake` was, while the reply goes on.
         """
-        await self._flush(write)
         self._write = write
+        self._is_relaying.set()
         try:
             while self.outcome is None:
                 await self._wait()
-                if self.outcome is None and on_wake:
+                if self.outcome is None and on_wake and not self.is_delivering:
                     await on_wake()
+            await self.deliver()
         finally:
             self._write = None
-        await self._flush(write)
+            self._is_relaying.clear()
 
     async def read_all(self) -> str:
         """
@@ -208,15 +227,6 @@ class Reply:
             **(self.error.log_fields if self.error else {}),
         }
         return {name: value for name, value in fields.items() if value is not None}
-
-    async def _flush(self, write: Write) -> None:
-        self.is_delivering = True
-        try:
-            while tokens := self._tokens[self._sent :]:
-                await write(tokens)
-                self._sent += len(tokens)
-        finally:
-            self.is_delivering = False
 
     def delivery(self) -> object:
         """Return the same for as long as one write waits for the caller."""

@@ -91,7 +91,7 @@ class ChatService:
         """
         client = bucket_of(client)
         self._check_room(client)
-        reply = Reply(stream_type, self._settings.model)
+        reply = Reply(stream_type, self._settings.model, self._settings.reply_timeout)
         task = asyncio.create_task(self._run(request, reply))
         # Not at once: a task that is cancelled before its first step never gets to end its reply.
         reply.begin(lambda: task.get_loop().call_soon(task.cancel))
@@ -173,7 +173,7 @@ class ChatService:
             error: ChatError | None = None
             turn = None
             try:
-                async with asyncio.timeout(self._settings.reply_timeout):
+                async with asyncio.timeout_at(reply.deadline):
                     turn = await self._prepare(request)
                     turn = await self._ask(turn, reply)
                 outcome = "completed"

@@ -7,8 +7,8 @@ Whatever is tried, is tried before the first token; after it, an error ends the 
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Iterator, Sequence
+from math import ceil, inf
 
 from chat import metrics
 from chat.breaker import CircuitBreaker
@@ -61,24 +61,17 @@ class Upstream:
         Raises:
             GroqError: there is no reply, or it broke off; what came until then is in `reply`.
         """
-        models = iter(self._models)
-        model, retries = next(models), 0
-        while True:
+        longest = (FIRST_BACKOFF * 2**retry for retry in range(self._max_retries))
+        backoffs = (random.uniform(0, each) for each in longest)  # noqa: S311
+        for model in self._models:
             try:
-                return await self._attempt(model, messages, reply)
+                return await self._try(model, messages, reply, backoffs)
             except GroqError as error:
-                _explain(error, model)
-                if reply.has_tokens:
+                if reply.has_tokens or not self._is_for_fallback(error, model):
                     raise
-                fallback = next(models, None) if error.is_of_model else None
-                delay = 0.0 if fallback else self._delay(error, retries)
-            if fallback:
-                _note_fallback(fallback)
-                model = fallback
-            else:
-                await asyncio.sleep(delay)
-                metrics.GROQ_RETRIES.inc()
-                retries += 1
+            metrics.GROQ_FALLBACKS.inc()
+            fields = {"model": self._models[-1].model}
+            logger.warning("the fallback model is asked", extra={"fields": fields})
 
     async def check_forever(self) -> None:
         """Look now and then whether Groq knows the key and the models, until cancelled."""
@@ -89,6 +82,28 @@ class Upstream:
                 except Exception:
                     logger.exception("the models could not be looked up, by a fault of ours")
             await asyncio.sleep(CHECK_INTERVAL)
+
+    async def _try(
+        self, model: Groq, messages: Sequence[Message], reply: Reply, backoffs: Iterator[float]
+    ) -> None:
+        """Ask one model, and again where that may help, for as long as there are `backoffs`."""
+        while True:
+            try:
+                return await self._attempt(model, messages, reply)
+            except GroqError as error:
+                _explain(error, model)
+                is_over = reply.has_tokens or not error.is_temporary
+                if is_over or self._is_for_fallback(error, model):
+                    raise
+                wished = error.retry_after or 0
+                delay = wished + next(backoffs, inf)
+                if wished > LONGEST_WAIT or delay >= reply.time_left:
+                    raise
+            await asyncio.sleep(delay)
+            metrics.GROQ_RETRIES.inc()
+
+    def _is_for_fallback(self, error: GroqError, model: Groq) -> bool:
+        return error.is_of_model and model is not self._models[-1]
 
     async def _attempt(self, model: Groq, messages: Sequence[Message], reply: Reply) -> None:
         reply.model = model.model
@@ -101,20 +116,13 @@ class Upstream:
 
     async def _wait_for_quota(self, model: Groq, reply: Reply) -> None:
         tokens = (reply.prompt_tokens or 0) + self._max_tokens
-        left = LONGEST_WAIT
+        left = min(LONGEST_WAIT, reply.time_left) if model is self._models[-1] else 0
         while wait := model.quota.wait_for(tokens):
             if wait > left:
                 raise GroqQuotaUsedUp(ceil(wait))
             pause = min(wait, QUOTA_INTERVAL)
             await asyncio.sleep(pause)
             left -= pause
-
-    def _delay(self, error: GroqError, retries: int) -> float:
-        """Return the seconds to wait before another try; raise the error where none is left."""
-        wished = error.retry_after or 0
-        if retries == self._max_retries or not error.is_temporary or wished > LONGEST_WAIT:
-            raise error
-        return wished + random.uniform(0, FIRST_BACKOFF * 2**retries)  # noqa: S311
 
     def _note(self, model: str, state: ModelState) -> None:
         fields, before = {"model": model}, self.model_states[model]
@@ -132,8 +140,3 @@ def _explain(error: GroqError, model: Groq) -> None:
     if isinstance(error, GroqRefused) and error.upstream_status in REFUSALS:
         explanation = REFUSALS[error.upstream_status]
         logger.error(explanation, extra={"fields": {"model": model.model}})
-
-
-def _note_fallback(fallback: Groq) -> None:
-    metrics.GROQ_FALLBACKS.inc()
-    logger.warning("the fallback model is asked", extra={"fields": {"model": fallback.model}})

@@ -267,17 +267,13 @@ class _Connection(asyncio.Protocol):
         self._write_whole(script, json.dumps(body).encode() if script.body is None else script.body)
 
     def _write_whole(self, script: Script, body: bytes) -> None:
-        headers = (*script.headers, ("content-type", "application/json"))
         head = [f"HTTP/1.1 {script.status} Whatever", f"content-length: {len(body)}"]
-        head += [f"{name}: {value}" for name, value in headers]
+        head += _headers(script, "application/json")
         self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
 
     async def _stream(self, script: Script, request: Request) -> None:
-        headers = script.headers
-        if "content-type" not in dict(headers):
-            headers = (*headers, ("content-type", "text/event-stream"))
         head = ["HTTP/1.1 200 OK", "transfer-encoding: chunked"]
-        head += [f"{name}: {value}" for name, value in headers]
+        head += _headers(script, "text/event-stream")
         self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n")
         async for event in self._events(script, request):
             for piece in _pieces(event.replace(b"\n", script.newline.encode()), script.piece):
@@ -319,6 +315,12 @@ class _Connection(asyncio.Protocol):
             await asyncio.sleep(script.comments)
         for thought in script.reasoning:
             yield _chunk({"reasoning": thought})
+
+
+def _headers(script: Script, content_type: str) -> list[str]:
+    """The script's own, which may tell another content type, or an empty one for none."""
+    headers = {"content-type": content_type, **dict(script.headers)}
+    return [f"{name}: {value}" for name, value in headers.items() if value]
 
 
 def _chunk(delta: dict[str, Any], finish_reason: str | None = None, **members: Any) -> bytes:

@@ -6,7 +6,14 @@ from itertools import count
 import pytest
 
 from chat.breaker import FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker, State
-from chat.errors import GroqDown, GroqError, GroqRefused, GroqReplyBroken, GroqUnreachable
+from chat.errors import (
+    GroqDown,
+    GroqError,
+    GroqRateLimited,
+    GroqRefused,
+    GroqReplyBroken,
+    GroqUnreachable,
+)
 from tests.clock import Clock
 
 names = (f"a-model-{number}" for number in count())
@@ -54,11 +61,21 @@ def test_an_answer_ends_a_run(breaker: CircuitBreaker) -> None:
     assert state_of(breaker) is State.CLOSED
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 429])
+@pytest.mark.parametrize("status", [400, 401, 404, 413])
 def test_a_refusal_is_no_failure(breaker: CircuitBreaker, status: int) -> None:
     for _ in range(10):
         fail(breaker, GroqRefused(status, None))
     assert state_of(breaker) is State.CLOSED
+
+
+def test_a_limit_tells_nothing_of_the_model_behind_it(breaker: CircuitBreaker) -> None:
+    for _ in range(10):
+        fail(breaker, GroqRateLimited(None))
+    assert state_of(breaker) is State.CLOSED
+    for _ in range(3):
+        fail(breaker)
+        fail(breaker, GroqRateLimited(None))
+    assert state_of(breaker) is State.OPEN
 
 
 def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
@@ -73,6 +90,22 @@ def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, cloc
         fail(breaker)  # one failure while the probe's reply still streams
         with breaker.request():
             assert state_of(breaker) is State.CLOSED
+
+
+def test_while_a_probe_hangs_others_are_told_to_wait_for_longer_and_longer(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    def told() -> int | None:
+        with pytest.raises(GroqDown) as refused:
+            breaker.check()
+        return refused.value.retry_after
+
+    open_it(breaker)
+    clock.now += 3600  # nobody came
+    with breaker.request():
+        assert told() == 1
+        clock.now += 20
+        assert told() == 20
 
 
 def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(

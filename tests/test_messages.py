@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat.errors import BadRequest
-from chat.groq import parse_retry_after
 from chat.messages import (
     ChatRequest,
     SocketRequest,
@@ -16,7 +15,7 @@ from chat.messages import (
     decode_reply,
     parse_request,
 )
-from chat.quota import Quota, parse_duration
+from chat.quota import Quota, parse_duration, parse_retry_after
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -89,5 +88,5 @@ def test_any_header_of_groqs_is_read_or_passed_over(value: str) -> None:
     assert duration is None or duration >= 0
     quota = Quota()
     for kind in ("limit", "remaining", "reset"):
-        quota.note({f"x-ratelimit-{kind}-tokens": value, "x-ratelimit-reset-tokens": "1s"})
+        quota.note(200, {f"x-ratelimit-{kind}-tokens": value, "x-ratelimit-reset-tokens": "1s"})
     assert 0 <= quota.wait_for(10) <= 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chat.quota import Quota, parse_duration
+from chat.quota import PROBE_INTERVAL, Quota, parse_duration, parse_retry_after
 from tests.clock import Clock
 
 
@@ -27,6 +27,29 @@ def test_a_duration_is_read_as_groq_writes_it(text: str, seconds: float | None) 
     assert parse_duration(text) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7),
+        ("2.5", 3),
+        ("99999", 86_400),
+        ("100000", 86_400),
+        ("9" * 400, 86_400),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Thu, 01 Jan 1970 00:01:10 GMT", 10),
+        ("Sat, 31 Jan 1970 00:00:00 GMT", 86_400),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", 86_400),
+        ("Mon, 01 Jan 2024 00:00:99999999999999999999", None),
+        ("soon", None),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_retry_after_is_read_as_seconds_or_date_up_to_a_day(
+    value: str, seconds: int | None
+) -> None:
+    assert parse_retry_after(value, now=60) == seconds
+
+
 def tokens(limit: int | None, remaining: int, reset: str) -> dict[str, str]:
     headers = {"x-ratelimit-remaining-tokens": str(remaining), "x-ratelimit-reset-tokens": reset}
     return headers if limit is None else {**headers, "x-ratelimit-limit-tokens": str(limit)}
@@ -35,7 +58,7 @@ def tokens(limit: int | None, remaining: int, reset: str) -> dict[str, str]:
 def quota_with(headers: dict[str, str]) -> tuple[Quota, Clock]:
     clock = Clock()
     quota = Quota(clock=clock)
-    quota.note(headers)
+    quota.note(200, headers)
     return quota, clock
 
 
@@ -91,7 +114,7 @@ def test_what_is_asked_for_at_the_same_moment_is_set_aside() -> None:
 
 def test_nonsense_is_passed_over() -> None:
     quota, _ = quota_with(tokens(None, 0, "soon"))
-    quota.note({"x-ratelimit-remaining-tokens": "none", "x-ratelimit-reset-tokens": "1s"})
+    quota.note(200, {"x-ratelimit-remaining-tokens": "none", "x-ratelimit-reset-tokens": "1s"})
     assert quota.wait_for(100) == 0
 
 
@@ -101,5 +124,32 @@ def test_a_nonsensical_reset_locks_nobody_out_for_ever() -> None:
     clock.now += 60
     assert quota.wait_for(100) == 0, "a probe"
     assert quota.wait_for(100) > 80_000
-    quota.note(tokens(8000, 8000, "0s"))
+    quota.note(200, tokens(8000, 8000, "0s"))
+    assert quota.wait_for(100) == 0
+
+
+def test_what_a_429_refuses_for_a_while_is_waited_for() -> None:
+    quota, clock = quota_with(tokens(8000, 8000, "0s"))
+    quota.note(429, {"retry-after": "600", **tokens(8000, 8000, "0s")})
+    assert quota.wait_for(100) == 600
+    clock.now += 59
+    assert quota.wait_for(100) == 541
+    clock.now += 541
+    assert quota.wait_for(100) == 0
+
+
+def test_a_single_request_finds_out_whether_all_is_still_refused() -> None:
+    quota, clock = quota_with({})
+    quota.note(429, {"retry-after": "100000"})
+    clock.now += PROBE_INTERVAL
+    assert quota.wait_for(100) == 0, "a probe"
+    assert quota.wait_for(100) > 80_000
+    quota.note(200, {})
+    assert quota.wait_for(100) == 0
+
+
+@pytest.mark.parametrize("headers", [{}, {"retry-after": "0"}, {"retry-after": "soon"}])
+def test_a_429_that_does_not_say_for_how_long_holds_for_itself(headers: dict[str, str]) -> None:
+    quota, _ = quota_with({})
+    quota.note(429, headers)
     assert quota.wait_for(100) == 0

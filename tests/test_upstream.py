@@ -15,6 +15,7 @@ TEMPORARY = [
     Script(cut_before_status=True),
     Script(cut_before_token=0),
     Script(error_before_token=0),
+    Script(error_before_token=0, error="event: error\ndata: overloaded"),
     *(Script(status=status) for status in (408, 409, 429, 498, 500, 502, 503, 504)),
 ]
 
@@ -121,6 +122,21 @@ def test_the_whole_reply_has_a_limit(
     assert service.contents(conversation) == []
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_waited_for_within_the_limit_is_passed_on_at_once(
+    start_service: StartService, groq: FakeGroq, stream: bool
+) -> None:
+    service = start_service(**RETRIES, REPLY_TIMEOUT=3)
+    groq.on("question", Script(status=503, headers=(("retry-after", "9"),)))
+    answer = service.chat("question", stream=stream)
+    assert (answer.status_code, answer.headers["retry-after"]) == (502, "9")
+    groq.on("first", Script(["good"], headers=quota_of(0, "60s")))
+    service.reply("first")
+    answer = service.chat("second", stream=stream)
+    assert answer.status_code == 503
+    assert 3 < int(answer.headers["retry-after"]) <= 10, "some 1,030 of 8,000 tokens"
+
+
 TOO_LONG = b'{"error":{"code":"context_length_exceeded","message":"Please reduce the length"}}'
 
 
@@ -192,6 +208,20 @@ def test_a_quota_that_is_used_up_for_long_is_not_tried(
     assert groq.asked("second") == []
 
 
+def test_what_a_429_refuses_for_long_is_not_tried_by_others(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**RETRIES)
+    minute = quota_of(8000, "0s")
+    groq.on("question", Script(status=429, headers=(("retry-after", "600"), *minute)))
+    assert service.chat("question").status_code == 502
+    for _ in range(3):
+        answer = service.chat("question")
+        assert answer.status_code == 503
+        assert 500 < int(answer.headers["retry-after"]) <= 600
+    assert len(groq.asked("question")) == 1
+
+
 def test_a_quota_that_is_there_again_soon_is_waited_for(
     start_service: StartService, groq: FakeGroq
 ) -> None:
@@ -239,6 +269,39 @@ def test_a_model_that_is_down_is_passed_over_for_the_fallback(
 ) -> None:
     service = start_service(**FALLBACK, GROQ_CIRCUIT_FAILURES=1)
     groq.on("question", Script(status=503), Script(["good"]))
+    assert service.reply("question") == "good"
+    assert service.reply("question") == "good"
+    models = [request.body["model"] for request in groq.asked("question")]
+    assert models == ["openai/gpt-oss-20b", "openai/gpt-oss-120b", "openai/gpt-oss-120b"]
+
+
+def test_a_quota_is_not_waited_for_where_there_is_a_fallback(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    groq.on("first", Script(["good"], headers=quota_of(0, "60s")))
+    service.reply("first")
+    service.reply("second")
+    assert groq.asked("second")[0].body["model"] == "openai/gpt-oss-120b"
+    assert service.metric("groq_fallbacks_total") == 1
+
+
+def test_the_fallback_is_waited_for_in_its_turn(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    refused = Script(status=429, headers=(("retry-after", "1"),))
+    groq.on("question", refused, refused, Script(["good"]))
+    assert service.reply("question") == "good"
+    models = [request.body["model"] for request in groq.asked("question")]
+    assert models == ["openai/gpt-oss-20b", "openai/gpt-oss-120b", "openai/gpt-oss-120b"]
+
+
+def test_a_model_that_refuses_for_long_is_passed_over_for_the_fallback(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(**FALLBACK)
+    groq.on("question", Script(status=429, headers=(("retry-after", "600"),)), Script(["good"]))
     assert service.reply("question") == "good"
     assert service.reply("question") == "good"
     models = [request.body["model"] for request in groq.asked("question")]
