@@ -164,8 +164,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service = ChatService(settings, history=history, counts=counts, upstream=upstream)
         stack.push_async_callback(service.aclose)
         drain = Drain(service, delay=settings.drain_delay, timeout=settings.drain_timeout)
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.enter_context(signals.held_back(lambda on_end: tasks.create_task(drain.run(on_end))))
+        await stack.enter_async_context(signals.held_back(drain.run))
         app.state.link = link
         app.state.drain = drain
         app.state.upstream = upstream

@@ -7,7 +7,7 @@ are refused, and running replies have `timeout` seconds. What still runs then is
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -72,8 +72,8 @@ class Drain:
         finally:
             self._sockets.discard(socket)
 
-    async def run(self, on_end: Callable[[], object]) -> None:
-        """Go through the steps, and call `on_end`."""
+    async def run(self) -> None:
+        """Go through the steps."""
         self.has_begun = True
         logger.info("draining: no more traffic should come here")
         await asyncio.sleep(self._delay)
@@ -86,7 +86,6 @@ class Drain:
             self._service.interrupt(Draining)
         await self._say_farewell()
         logger.info("drained")
-        on_end()
 
     async def _say_farewell(self) -> None:
         loop = asyncio.get_running_loop()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from websockets.sync.client import ClientConnection
 
@@ -183,6 +184,23 @@ def test_a_second_signal_ends_it_at_once(start: Start, groq: FakeGroq, number: i
         assert time.monotonic() - started_at < 20, "the drain alone takes 30 s"
         with pytest.raises(httpx.TransportError):
             list(events)
+
+
+@pytest.mark.parametrize("start", ["workers", "uvicorn's workers"], indirect=True)
+def test_a_signal_to_all_processes_at_once_leaves_running_replies_their_time(
+    start: Start, groq: FakeGroq
+) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        supervisor = psutil.Process(service.process.pid)
+        for each in (*supervisor.children(), supervisor):  # as systemd does
+            each.send_signal(signal.SIGTERM)
+        service.process.wait_for_line(lambda line: "Terminated child" in line)
+        groq.release()
+        assert [event.data for event in events] == ["b", "[DONE]"]
+    assert service.process.wait() == 0
 
 
 def test_a_caller_who_reads_nothing_does_not_hold_up_the_end(

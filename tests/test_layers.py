@@ -33,7 +33,7 @@ HOMES = {
         "server",
         "side_server",
     },
-    "uvicorn": {"server", "protocols", "side_server", "workers"},
+    "uvicorn": {"server", "protocols", "side_server", "signals", "workers"},
     "httpx": {"groq"},
     "httpx_aiohttp": {"groq"},
     "aiohttp": {"groq"},
