@@ -180,10 +180,25 @@ def test_a_second_signal_ends_it_at_once(start: Start, groq: FakeGroq, number: i
         service.process.wait_for_line(lambda line: "draining" in line)
         started_at = time.monotonic()
         service.process.send_signal(signal.Signals(number))
-        service.process.wait()
+        assert service.process.wait() == 1
         assert time.monotonic() - started_at < 20, "the drain alone takes 30 s"
         with pytest.raises(httpx.TransportError):
             list(events)
+
+
+@pytest.mark.parametrize("start", ["python", "uvicorn", "workers"], indirect=True)
+def test_two_signals_end_it_at_once_however_close_together(start: Start, groq: FakeGroq) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        workers = psutil.Process(service.process.pid).children()
+        for number in (signal.SIGTERM, signal.SIGINT):  # of two equal ones, the kernel may drop one
+            service.process.send_signal(number)
+        assert service.process.wait() == 1
+        with pytest.raises(httpx.TransportError):
+            list(events)
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 @pytest.mark.parametrize("start", ["workers", "uvicorn's workers"], indirect=True)

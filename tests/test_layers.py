@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "watchdog", "quota", "recent"],
     ["logs", "metrics"],
-    ["config", "messages", "link", "connection", "breaker", "signals", "side_server", "workers"],
-    ["framing", "history", "reply", "addresses"],
+    ["config", "messages", "link", "connection", "breaker", "signals", "side_server"],
+    ["framing", "history", "reply", "addresses", "workers"],
     ["context", "tokens", "groq", "limits", "shared_history"],
     ["upstream", "middleware"],
     ["service", "http", "protocols", "page"],
