@@ -68,7 +68,8 @@ async def chat(request: Request) -> Response:
     state, client = request.app.state, client_of(request.scope)
     settings, service = state.settings, state.service
     await admit(request, state.limiter)
-    received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
+    async with state.drain.receiving():
+        received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
     body = parse_request(ChatRequest, received)
     if wants_stream(request, body):
         reply = service.reply_to(body, "sse", client)

@@ -22,6 +22,8 @@ from chat import logs
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORCED = 1
 """The exit status after a second signal."""
+SHUTDOWN_TIMEOUT = 3
+"""Seconds that uvicorn has to end connections, once the replica is drained."""
 
 
 @asynccontextmanager
@@ -68,4 +70,6 @@ def _let_end(original: Any, number: int) -> None:
         signal.signal(number, original)
         signal.raise_signal(number)
         return
+    if server.config.timeout_graceful_shutdown is None:
+        server.config.timeout_graceful_shutdown = SHUTDOWN_TIMEOUT
     server.should_exit = True
