@@ -153,6 +153,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
         stack.callback(logs.write_directly)
+        stack.callback(workers.leave)
         link = None
         if settings.redis_addr:
             opening = open_link(settings.redis_addr, settings.redis_password)

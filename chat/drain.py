@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 from chat.connection import CallerConnection
 from chat.errors import Draining
@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 FAREWELL_TIMEOUT = 3.0
 """Seconds that callers have, in the end, to take the last of what is sent to them."""
 POLL_INTERVAL = 0.02
-
-T = TypeVar("T")
 
 
 class Socket(Protocol):
@@ -103,7 +101,7 @@ class Drain:
 
 
 @contextmanager
-def _kept(one: T, those: set[T]) -> Iterator[None]:
+def _kept(one: object, those: set[Any]) -> Iterator[None]:
     those.add(one)
     try:
         yield

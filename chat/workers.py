@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from multiprocessing import active_children
+from pathlib import Path
 from socket import socket
 from types import FrameType
 from typing import Any
@@ -27,6 +28,12 @@ def run(app: str, count: int, **options: Any) -> None:
         sys.exit(STARTUP_FAILURE)
 
 
+def leave() -> None:
+    """Take the gauges of this process, which ends, out of what the workers show together."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        metrics.forget_process(os.getpid())
+
+
 class Supervisor(Multiprocess):
     """Ends the workers as a worker ends by itself: drained, or at once after a second signal."""
 
@@ -46,8 +53,8 @@ class Supervisor(Multiprocess):
         self.signal_queue.append(number)
 
     def keep_subprocess_alive(self) -> None:
-        before = list(self.processes)
         super().keep_subprocess_alive()
-        for worker in before:
-            if worker not in self.processes and worker.pid is not None:
-                metrics.forget_process(worker.pid)
+        alive = {worker.pid for worker in active_children()}
+        for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*.db"):
+            if (pid := int(path.stem.split("_")[2])) not in alive:
+                metrics.forget_process(pid)
