@@ -227,13 +227,14 @@ def test_a_signal_to_all_processes_at_once_leaves_running_replies_their_time(
     assert service.process.wait() == 0
 
 
+@pytest.mark.parametrize("command", [Service, UvicornService])
 def test_callers_who_read_nothing_do_not_hold_up_the_end_whenever_they_come(
-    groq: FakeGroq, conversation: str
+    groq: FakeGroq, conversation: str, command: type[Service]
 ) -> None:
     groq.on("large", LARGE)
     large = {"MAX_BODY_BYTES": 20 << 20, "CONTEXT_TOKENS": 100_000_000}
     with (
-        Service(GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.2, **large) as service,
+        command(GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.2, **large) as service,
         connected(service) as first,
         connected(service) as second,
     ):
