@@ -68,7 +68,8 @@ async def chat(request: Request) -> Response:
     state, client = request.app.state, client_of(request.scope)
     settings, service = state.settings, state.service
     await admit(request, state.limiter)
-    received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
+    async with state.drain.receiving():
+        received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
     body = parse_request(ChatRequest, received)
     if wants_stream(request, body):
         reply = service.reply_to(body, "sse", client)
@@ -152,6 +153,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
         stack.callback(logs.write_directly)
+        stack.callback(workers.leave)
         link = None
         if settings.redis_addr:
             opening = open_link(settings.redis_addr, settings.redis_password)
@@ -164,8 +166,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service = ChatService(settings, history=history, counts=counts, upstream=upstream)
         stack.push_async_callback(service.aclose)
         drain = Drain(service, delay=settings.drain_delay, timeout=settings.drain_timeout)
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.enter_context(signals.held_back(lambda on_end: tasks.create_task(drain.run(on_end))))
+        await stack.enter_async_context(signals.held_back(drain.run))
         app.state.link = link
         app.state.drain = drain
         app.state.upstream = upstream

@@ -4,8 +4,8 @@ Several replicas behind one load balancer, while one is killed and one is rolled
     python -m bench.replicas [--seconds 30] [--callers 60]
 
 Three replicas share their histories through Redis; haproxy (from Debian's packages) asks `/ready`
-and picks one of them at random for each chat, so that each conversation hops. Fails unless every
-chat succeeded that was not on the killed replica, and every conversation is whole.
+and picks one of them at random for each chat, so that each conversation hops; a header says which.
+Fails unless every chat succeeded that the kill did not cut, and every conversation is whole.
 """
 
 import argparse
@@ -18,20 +18,21 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 import httpx
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import InvalidStatus, WebSocketException
 
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Caller, RedisServer, Service, body, free_port, wait_until
 
 REPLICAS = 3
-KILL_WINDOW = 2.0
-"""Seconds around the kill in which a chat may have been on the killed replica."""
+REPLICA = "x-replica"
+"""The header in which haproxy says which replica it chose; in its own errors too."""
 PAUSE = 0.1
 """Seconds until a caller whose chat has failed asks again."""
 CONFIGURATION = """
@@ -47,6 +48,7 @@ defaults
 frontend chat
     bind 127.0.0.1:{port}
     default_backend replicas
+    http-after-response set-header {replica} %s
 backend replicas
     balance random
     option httpchk GET /ready
@@ -56,13 +58,28 @@ backend replicas
 
 
 @dataclass
+class Chat:
+    """One question, and what came of it."""
+
+    conversation: str
+    asked: str
+    began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = float("inf")
+    replica: str | None = None
+    """Who had it, as far as that is known."""
+    error: str | None = None
+
+
+@dataclass
 class Talk:
-    """One caller's conversation, and what came of its chats."""
+    """One caller's conversation, and its chats."""
 
     name: str = field(default_factory=lambda: uuid4().hex)
-    acknowledged: list[str] = field(default_factory=list)
-    failed: list[tuple[float, str, str]] = field(default_factory=list)
-    """When, what was asked, and how it failed."""
+    chats: list[Chat] = field(default_factory=list)
+
+    @property
+    def acknowledged(self) -> list[str]:
+        return [chat.asked for chat in self.chats if not chat.error]
 
 
 class Simulation:
@@ -77,7 +94,8 @@ class Simulation:
         stack.enter_context(self.front.http)
         self._balance(stack)
         self.talks = [Talk() for _ in range(callers)]
-        self.killed_at = float("inf")
+        self.killed = ""
+        self.kill_began_at = self.kill_ended_at = float("inf")
         self._stop = threading.Event()
 
     def _replica(self) -> Service:
@@ -91,8 +109,10 @@ class Simulation:
 
     def _balance(self, stack: ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = [f"    server r{r.port} 127.0.0.1:{r.port}" for r in self.replicas]
-        text = CONFIGURATION.format(port=self.front.port, servers="\n".join(servers))
+        servers = [f"    server {name_of(r)} 127.0.0.1:{r.port}" for r in self.replicas]
+        text = CONFIGURATION.format(
+            port=self.front.port, replica=REPLICA, servers="\n".join(servers)
+        )
         (directory / "haproxy.cfg").write_text(text)
         haproxy = shutil.which("haproxy") or "/usr/sbin/haproxy"
         command = [haproxy, "-db", "-q", "-f", str(directory / "haproxy.cfg")]
@@ -109,23 +129,23 @@ class Simulation:
 
     def run(self, seconds: float) -> None:
         """Let all callers talk for so long, and meanwhile kill one replica and roll another."""
-        threads = [threading.Thread(target=self._talk, args=(talk,)) for talk in self.talks]
-        for thread in threads:
-            thread.start()
-        try:
-            time.sleep(seconds / 4)
-            self._kill(self.replicas[0])
-            time.sleep(seconds / 4)
-            self._roll(self.replicas[1])
-            time.sleep(seconds / 2)
-        finally:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
+        with ThreadPoolExecutor(len(self.talks)) as pool:
+            callers = [pool.submit(self._talk, talk) for talk in self.talks]
+            try:
+                time.sleep(seconds / 4)
+                self._kill(self.replicas[0])
+                time.sleep(seconds / 4)
+                self._roll(self.replicas[1])
+                time.sleep(seconds / 2)
+            finally:
+                self._stop.set()
+        for caller in callers:
+            caller.result()  # raises what no caller should meet
 
     def _kill(self, replica: Service) -> None:
-        self.killed_at = time.monotonic()
+        self.killed, self.kill_began_at = name_of(replica), time.monotonic()
         replica.process.kill()
+        self.kill_ended_at = time.monotonic()
         self._start_again(replica)
 
     def _roll(self, replica: Service) -> None:
@@ -138,26 +158,37 @@ class Simulation:
         replica.start()
 
     def _talk(self, talk: Talk) -> None:
-        caller, number = Caller(self.front.port), 0
+        caller = Caller(self.front.port)
+        # A later request on a connection fails without an answer of haproxy's that could say where.
+        caller.http.headers["connection"] = "close"
         while not self._stop.is_set():
-            number += 1
-            asked = f"question {number}"
+            chat = Chat(talk.name, f"question {len(talk.chats) + 1}")
+            talk.chats.append(chat)
             ask = random.choice((over_http, over_events, over_websocket))
             try:
-                ask(caller, asked, talk.name)
-                talk.acknowledged.append(asked)
+                ask(caller, chat)
             except (httpx.HTTPError, WebSocketException, OSError, Failed) as error:
-                talk.failed.append((time.monotonic(), asked, f"{ask.__name__}: {error!r}"))
+                chat.error = f"{ask.__name__}: {error!r}"
+            chat.ended_at = time.monotonic()
+            if chat.error:
                 time.sleep(PAUSE)
         caller.http.close()
 
+    def failed(self) -> list[Chat]:
+        return [chat for talk in self.talks for chat in talk.chats if chat.error]
+
+    def was_killed(self, chat: Chat) -> bool:
+        """Tell whether it was on the killed replica, and ran when that was killed."""
+        ran = chat.began_at < self.kill_ended_at and chat.ended_at > self.kill_began_at
+        return ran and chat.replica == self.killed
+
     def failures(self) -> list[str]:
-        """Return the chats that failed away from the kill, and the conversations that are torn."""
+        """Return the chats that failed for no reason, and the conversations that are torn."""
         found = [
-            f"{at - self.killed_at:+.1f} s from the kill, {how}"
-            for talk in self.talks
-            for at, _, how in talk.failed
-            if not 0 <= at - self.killed_at <= KILL_WINDOW
+            f"{chat.ended_at - self.kill_began_at:+.1f} s from the kill, on {chat.replica}, "
+            f"{chat.error}"
+            for chat in self.failed()
+            if not self.was_killed(chat)
         ]
         return found + [f"{talk.name} is torn" for talk in self.talks if not self._is_whole(talk)]
 
@@ -165,7 +196,7 @@ class Simulation:
         contents = self.front.contents(talk.name)
         reply = "".join(self.groq.default.tokens or ())
         kept = contents[::2]
-        known = {*talk.acknowledged, *(asked for _, asked, _ in talk.failed)}
+        known = {chat.asked for chat in talk.chats}
         return (
             set(contents[1::2]) <= {reply}
             and [asked for asked in kept if asked in talk.acknowledged] == talk.acknowledged
@@ -178,24 +209,37 @@ class Failed(Exception):
     """A chat ended otherwise than it should."""
 
 
-def over_http(caller: Caller, asked: str, name: str) -> None:
-    answer = caller.chat(asked, name, stream=False)
+def name_of(replica: Service) -> str:
+    return f"r{replica.port}"
+
+
+def over_http(caller: Caller, chat: Chat) -> None:
+    answer = caller.chat(chat.asked, chat.conversation, stream=False)
+    chat.replica = answer.headers.get(REPLICA)
     if answer.status_code != 200:
         raise Failed(answer.status_code, answer.text)
 
 
-def over_events(caller: Caller, asked: str, name: str) -> None:
-    with caller.stream(asked, name) as (answer, events):
+def over_events(caller: Caller, chat: Chat) -> None:
+    with caller.stream(chat.asked, chat.conversation) as (answer, events):
+        chat.replica = answer.headers.get(REPLICA)
         if answer.status_code != 200:
             raise Failed(answer.status_code, answer.read())
-        *_, last = events
-    if last.data != "[DONE]":
-        raise Failed(last.data)
+        received = [event.data for event in events]
+    if received[-1:] != ["[DONE]"]:
+        raise Failed(received[-1:])
 
 
-def over_websocket(caller: Caller, asked: str, name: str) -> None:
-    with caller.socket() as socket:
-        socket.send(json.dumps(body(asked, name)))
+def over_websocket(caller: Caller, chat: Chat) -> None:
+    try:
+        socket = caller.socket()
+    except InvalidStatus as error:
+        chat.replica = error.response.headers.get(REPLICA)
+        raise
+    with socket:
+        assert socket.response
+        chat.replica = socket.response.headers.get(REPLICA)
+        socket.send(json.dumps(body(chat.asked, chat.conversation)))
         while "token" in (message := json.loads(socket.recv(30))):
             pass
     if message != {"done": "true"}:
@@ -205,8 +249,10 @@ def over_websocket(caller: Caller, asked: str, name: str) -> None:
 def report(simulation: Simulation) -> None:
     """Print what was done, and what it cost Redis."""
     chats = sum(len(talk.acknowledged) for talk in simulation.talks)
-    failed = sum(len(talk.failed) for talk in simulation.talks)
-    print(f"{len(simulation.talks)} callers, {chats} chats, {failed} on the killed replica")
+    failed = simulation.failed()
+    killed = sum(map(simulation.was_killed, failed))
+    print(f"{len(simulation.talks)} callers, {chats} chats", end=", ")
+    print(f"{killed} cut by the kill, {len(failed) - killed} failed otherwise")
     with simulation.redis.client() as client:
         statistics: dict[str, dict[str, float]] = client.info("commandstats")
         for name in ("lrange", "pexpire", "eval", "get", "set"):

@@ -7,10 +7,11 @@ are refused, and running replies have `timeout` seconds. What still runs then is
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from typing import Any, Protocol
 
+from chat.connection import CallerConnection
 from chat.errors import Draining
 from chat.service import ChatService
 
@@ -19,13 +20,6 @@ logger = logging.getLogger(__name__)
 FAREWELL_TIMEOUT = 3.0
 """Seconds that callers have, in the end, to take the last of what is sent to them."""
 POLL_INTERVAL = 0.02
-
-
-class Connection(Protocol):
-    """A caller's connection, while a request is answered on it."""
-
-    def abort(self) -> None:
-        """Cut it."""
 
 
 class Socket(Protocol):
@@ -49,31 +43,39 @@ class Drain:
         self._delay = delay
         self._timeout = timeout
         self._is_refusing = False
-        self._connections: set[Connection] = set()
+        self._connections: set[CallerConnection] = set()
         self._sockets: set[Socket] = set()
+        self._receiving: set[asyncio.Timeout] = set()
 
-    @contextmanager
-    def answering(self, connection: Connection) -> Iterator[None]:
+    def answering(self, connection: CallerConnection) -> AbstractContextManager[None]:
         """Keep an eye on a connection while a request is answered on it."""
-        self._connections.add(connection)
-        try:
-            yield
-        finally:
-            self._connections.discard(connection)
+        return _kept(connection, self._connections)
 
     @contextmanager
     def serving(self, socket: Socket) -> Iterator[None]:
         """Keep an eye on a WebSocket while it is open."""
-        self._sockets.add(socket)
         if self._is_refusing:
             socket.drain()
-        try:
+        with _kept(socket, self._sockets):
             yield
-        finally:
-            self._sockets.discard(socket)
 
-    async def run(self, on_end: Callable[[], object]) -> None:
-        """Go through the steps, and call `on_end`."""
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[None]:
+        """
+        Give up a chat that has not come whole when new ones are refused.
+
+        Raises:
+            Draining: it has not.
+        """
+        try:
+            async with asyncio.timeout(0 if self._is_refusing else None) as limit:
+                with _kept(limit, self._receiving):
+                    yield
+        except TimeoutError:
+            raise Draining from None
+
+    async def run(self) -> None:
+        """Go through the steps."""
         self.has_begun = True
         logger.info("draining: no more traffic should come here")
         await asyncio.sleep(self._delay)
@@ -81,18 +83,27 @@ class Drain:
         self._service.refuse(Draining)
         for socket in list(self._sockets):
             socket.drain()
+        for limit in self._receiving:
+            limit.reschedule(asyncio.get_running_loop().time())
         if not await self._service.wait_idle(self._timeout):
             logger.warning("draining: the replies that still run are ended")
             self._service.interrupt(Draining)
         await self._say_farewell()
         logger.info("drained")
-        on_end()
 
     async def _say_farewell(self) -> None:
-        loop = asyncio.get_running_loop()
-        deadline, left = loop.time() + FAREWELL_TIMEOUT, set(self._connections)
-        while left and loop.time() < deadline:
+        for _ in range(int(FAREWELL_TIMEOUT / POLL_INTERVAL)):
+            if not self._connections:
+                return
             await asyncio.sleep(POLL_INTERVAL)
-            left &= self._connections
-        for connection in left:
+        for connection in list(self._connections):
             connection.abort()
+
+
+@contextmanager
+def _kept(one: object, those: set[Any]) -> Iterator[None]:
+    those.add(one)
+    try:
+        yield
+    finally:
+        those.discard(one)

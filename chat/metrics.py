@@ -127,5 +127,5 @@ def render() -> bytes:
 
 
 def forget_process(pid: int) -> None:
-    """Take the gauges of a worker that has died out of the sums."""
+    """Take the gauges of a worker that has ended out of the sums."""
     mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -9,25 +9,30 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from multiprocessing import parent_process
 from types import FrameType
 from typing import Any
+
+import uvicorn
 
 from chat import logs
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORCED = 1
 """The exit status after a second signal."""
+SHUTDOWN_TIMEOUT = 3
+"""Seconds that uvicorn has to end connections, once the replica is drained."""
 
 
-@contextmanager
-def held_back(on_first: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+@asynccontextmanager
+async def held_back(drain: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
     """
-    Call `on_first` at the first signal, with a function that lets the server end.
+    At the first signal, wait for `drain`, then let the server end.
 
-    A second signal ends the process at once.
+    A second one ends the process at once. A worker leaves that to its supervisor, since it gets the
+    same signal twice where all processes do, and the supervisor passes it on.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # a server in a thread gets no signals
@@ -38,29 +43,33 @@ def held_back(on_first: Callable[[Callable[[], object]], object]) -> Iterator[No
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal is_first
-        if number == signal.SIGINT and parent_process() is not None:
-            return  # Ctrl-C reaches the supervisor of this worker too, which passes it on
-        if not is_first:
+        if is_first:
+            is_first = False
+            loop.call_soon_threadsafe(lambda: tasks.create_task(end(number)))
+        elif parent_process() is None:
             logs.write_directly()
             os._exit(FORCED)
-        is_first = False
-        loop.call_soon_threadsafe(on_first, lambda: _end(originals[signal.Signals(number)], number))
 
-    for number in SIGNALS:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, original in originals.items():
-            signal.signal(number, original)
+    async def end(number: int) -> None:
+        await drain()
+        _let_end(originals[signal.Signals(number)], number)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in SIGNALS:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, original in originals.items():
+                signal.signal(number, original)
 
 
-def _end(original: Any, number: int) -> None:
+def _let_end(original: Any, number: int) -> None:
     server = getattr(original, "__self__", None)
-    if server is not None and hasattr(server, "should_exit"):
-        server.should_exit = True
-    elif callable(original):
-        original(number, None)
-    else:
+    if not isinstance(server, uvicorn.Server):
         signal.signal(number, original)
         signal.raise_signal(number)
+        return
+    if server.config.timeout_graceful_shutdown is None:
+        server.config.timeout_graceful_shutdown = SHUTDOWN_TIMEOUT
+    server.should_exit = True

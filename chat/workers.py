@@ -4,15 +4,17 @@ import os
 import signal
 import sys
 import tempfile
+from multiprocessing import active_children
+from pathlib import Path
+from socket import socket
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
-from chat import metrics
-
-POLL_INTERVAL = 0.1
+from chat import metrics, signals
 
 
 def run(app: str, count: int, **options: Any) -> None:
@@ -26,19 +28,33 @@ def run(app: str, count: int, **options: Any) -> None:
         sys.exit(STARTUP_FAILURE)
 
 
+def leave() -> None:
+    """Take the gauges of this process, which ends, out of what the workers show together."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        metrics.forget_process(os.getpid())
+
+
 class Supervisor(Multiprocess):
     """Ends the workers as a worker ends by itself: drained, or at once after a second signal."""
 
-    def keep_subprocess_alive(self) -> None:
-        before = list(self.processes)
-        super().keep_subprocess_alive()
-        for worker in before:
-            if worker not in self.processes and worker.pid is not None:
-                metrics.forget_process(worker.pid)
+    def __init__(self, config: uvicorn.Config, sockets: list[socket]) -> None:
+        super().__init__(config, sockets)
+        self._is_ending = False
+        for number in signals.SIGNALS:
+            signal.signal(number, self._end)
 
-    def join_all(self) -> None:
-        for worker in self.processes:
-            while worker.process.is_alive():
-                worker.process.join(POLL_INTERVAL)
-                if {signal.SIGTERM, signal.SIGINT} & set(self.signal_queue):
-                    worker.process.kill()
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """Count by itself: uvicorn takes all signals of half a second for one."""
+        if self._is_ending:
+            for worker in active_children():
+                worker.kill()
+            sys.exit(signals.FORCED)
+        self._is_ending = True
+        self.signal_queue.append(number)
+
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        alive = {worker.pid for worker in active_children()}
+        for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*.db"):
+            if (pid := int(path.stem.split("_")[2])) not in alive:
+                metrics.forget_process(pid)

@@ -6,9 +6,14 @@ from typing import Any
 
 import yaml
 
+from chat import drain, shared_history, signals
+from chat.config import Settings
+
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+LONGEST_END = drain.FAREWELL_TIMEOUT + signals.SHUTDOWN_TIMEOUT + shared_history.CLOSE_TIMEOUT
+"""Seconds that the end takes at most, once running replies have had their time."""
 
 
 def test_the_compose_file_has_the_service_and_a_redis_with_health_checks() -> None:
@@ -20,6 +25,12 @@ def test_the_compose_file_has_the_service_and_a_redis_with_health_checks() -> No
     assert "/health" in chat["healthcheck"]["test"][-1]
     assert (chat["read_only"], chat["tmpfs"]) == (True, ["/tmp"]), "several workers write there"  # noqa: S108
     assert "HEALTHCHECK" in DOCKERFILE
+
+
+def test_docker_waits_for_the_whole_drain() -> None:
+    settings = Settings(groq_api_key="key")
+    needed = settings.drain_delay + settings.drain_timeout + LONGEST_END
+    assert needed < float(COMPOSE["services"]["chat"]["stop_grace_period"].removesuffix("s"))
 
 
 def test_the_image_is_pinned_not_root_and_gets_its_signals() -> None:

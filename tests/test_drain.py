@@ -1,18 +1,28 @@
 """The end of a replica: what callers see over each transport, with real signals."""
 
+import asyncio
 import json
 import signal
+import socket
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from websockets.sync.client import ClientConnection
 
+from chat import signals
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import RedisServer, Service, UvicornService, body, error_and_code, wait_until
+from tests.test_connection import LARGE, asking, connected, everything_from
 
 
 class TwoWorkers(Service):
@@ -179,21 +189,125 @@ def test_a_second_signal_ends_it_at_once(start: Start, groq: FakeGroq, number: i
         service.process.wait_for_line(lambda line: "draining" in line)
         started_at = time.monotonic()
         service.process.send_signal(signal.Signals(number))
-        service.process.wait()
+        assert service.process.wait() == 1
         assert time.monotonic() - started_at < 20, "the drain alone takes 30 s"
         with pytest.raises(httpx.TransportError):
             list(events)
 
 
-def test_a_caller_who_reads_nothing_does_not_hold_up_the_end(
-    groq: FakeGroq, redis_server: RedisServer
-) -> None:
-    from tests.test_connection import LARGE, asking, connected
+@pytest.mark.parametrize("start", ["python", "uvicorn", "workers"], indirect=True)
+def test_two_signals_end_it_at_once_however_close_together(start: Start, groq: FakeGroq) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        workers = psutil.Process(service.process.pid).children()
+        for number in (signal.SIGTERM, signal.SIGINT):  # of two equal ones, the kernel may drop one
+            service.process.send_signal(number)
+        assert service.process.wait() == 1
+        with pytest.raises(httpx.TransportError):
+            list(events)
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
 
+
+@pytest.mark.parametrize("start", ["workers", "uvicorn's workers"], indirect=True)
+def test_a_signal_to_all_processes_at_once_leaves_running_replies_their_time(
+    start: Start, groq: FakeGroq
+) -> None:
+    service = start()
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        supervisor = psutil.Process(service.process.pid)
+        for each in (*supervisor.children(), supervisor):  # as systemd does
+            each.send_signal(signal.SIGTERM)
+        service.process.wait_for_line(lambda line: "Terminated child" in line)
+        groq.release()
+        assert [event.data for event in events] == ["b", "[DONE]"]
+    assert service.process.wait() == 0
+
+
+@pytest.mark.parametrize("command", [Service, UvicornService])
+def test_callers_who_read_nothing_do_not_hold_up_the_end_whenever_they_come(
+    groq: FakeGroq, conversation: str, command: type[Service]
+) -> None:
     groq.on("large", LARGE)
-    with Service(GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.2) as service, connected(service) as slow:
-        slow.sendall(asking("large", stream=True))
+    large = {"MAX_BODY_BYTES": 20 << 20, "CONTEXT_TOKENS": 100_000_000}
+    with (
+        command(GROQ_BASE_URL=groq.url, DRAIN_TIMEOUT=0.2, **large) as service,
+        connected(service) as first,
+        connected(service) as second,
+    ):
+        service.reply("x" * (12 << 20), conversation)
+        first.sendall(asking("large", stream=True))
         groq.wait_for_request("large")
+        service.process.send_signal(signal.SIGTERM)
+        service.process.wait_for_line(lambda line: "the replies that still run" in line)
+        second.sendall(f"GET /conversations/{conversation} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        service.log_line(endpoint="/conversations/{id}", status=200)
+        assert service.process.wait() == 0
+
+
+def test_a_chat_that_has_not_come_whole_is_refused_with_the_new_ones(groq: FakeGroq) -> None:
+    with Service(GROQ_BASE_URL=groq.url) as service, connected(service) as before:
+        groq.on("held", Script(["a", "b"], hold_before_token=1))
+        with service.stream("held") as (_, events), connected(service) as after:
+            next(events)
+            begin_a_chat(before)
+            service.process.send_signal(signal.SIGTERM)
+            assert_refused(before)
+            begin_a_chat(after)
+            assert_refused(after)
+            groq.release()
+            assert [event.data for event in events] == ["b", "[DONE]"]
+        assert service.process.wait() == 0
+
+
+def begin_a_chat(connection: socket.socket) -> None:
+    """Send a part of a chat, once the service waits for it."""
+    head = b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
+    connection.sendall(head)
+    assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    connection.sendall(b'{"messages":')
+
+
+def assert_refused(connection: socket.socket) -> None:
+    answer = everything_from(connection)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"connection: close" in answer
+    assert RESTARTING.encode() in answer
+
+
+async def hang(request: Request) -> Response:
+    if request.url.path != "/health":
+        await asyncio.Event().wait()
+    return Response()
+
+
+@asynccontextmanager
+async def drained_at_once(app: Starlette) -> AsyncIterator[None]:
+    async def drain() -> None: ...
+
+    async with signals.held_back(drain):
+        yield
+
+
+hanging = Starlette(routes=[Route("/{path:path}", hang)], lifespan=drained_at_once)
+
+
+class Hanging(Service):
+    """An app whose answers never end, but for the one about its health."""
+
+    @property
+    def command(self) -> list[str]:
+        app = "tests.test_drain:hanging"
+        return [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
+
+
+def test_an_answer_that_never_ends_does_not_hold_up_the_end() -> None:
+    with Hanging() as service, connected(service) as caller:
+        caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        service.http.get("/health").raise_for_status()
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait() == 0
 

@@ -3,7 +3,8 @@
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import httpx
 import psutil
@@ -117,3 +118,35 @@ def test_the_directory_of_the_figures_goes_with_the_process(
     directory = directory_of(service)
     assert service.process.end() == 0
     assert not os.path.exists(directory)
+
+
+@pytest.fixture(params=["python", "uvicorn"])
+def three_workers(
+    request: pytest.FixtureRequest, redis_server: RedisServer, tmp_path: Path
+) -> Iterator[Service]:
+    """Three workers, under our supervisor and under uvicorn's."""
+    shared = {"HISTORY_STORE": "redis", "REDIS_ADDR": redis_server.address, "WEB_CONCURRENCY": 3}
+    kind: type[Service] = Service
+    if request.param == "uvicorn":
+        kind, shared = UvicornService, shared | {"PROMETHEUS_MULTIPROC_DIR": tmp_path}
+    with kind(**shared) as service:
+        wait_until(lambda: len(workers_of(service)) == 3)
+        wait_until(lambda: service.http.get("/ready").status_code == 200)
+        yield service
+
+
+def test_workers_that_are_replaced_or_dismissed_leave_no_gauges_behind(
+    three_workers: Service,
+) -> None:
+    directory, first = directory_of(three_workers), set(workers_of(three_workers))
+    three_workers.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(set(workers_of(three_workers)) - first) == 3)
+    wait_until(lambda: first.isdisjoint(workers_of(three_workers)))
+    assert processes_with_gauges(directory) == set(workers_of(three_workers))
+    three_workers.process.send_signal(signal.SIGTTOU)
+    wait_until(lambda: len(workers_of(three_workers)) == 2)
+    assert processes_with_gauges(directory) == set(workers_of(three_workers))
+
+
+def processes_with_gauges(directory: str) -> set[int]:
+    return {int(path.stem.split("_")[2]) for path in Path(directory).glob("gauge_*.db")}
