@@ -110,6 +110,14 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         self._head_bytes = 0
         super().on_message_complete()
 
+    def handle_websocket_upgrade(self) -> None:
+        # The request in front of it would hear of nothing more, neither that its caller has left,
+        # nor that it may go on writing.
+        if self._is_answering or self.flow.write_paused:
+            self.transport.abort()
+        else:
+            super().handle_websocket_upgrade()
+
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
