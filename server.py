@@ -52,6 +52,7 @@ from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
 from chat.page import ChatPage
+from chat.places import PLACES, Places
 from chat.protocols import HTTPProtocol, WebSocketProtocol
 from chat.service import ChatService
 from chat.shared_history import SharedHistory
@@ -80,7 +81,7 @@ async def chat_socket(websocket: WebSocket) -> None:
     state, client = websocket.app.state, client_of(websocket.scope)
     reply_to = partial(state.service.reply_to, stream_type="websocket", client=client)
     socket = ChatSocket(websocket, reply_to, state.limiter, state.drain, state.settings)
-    await socket.serve()
+    await socket.serve(state.places)
 
 
 async def no_such_socket(websocket: WebSocket) -> None:
@@ -147,7 +148,7 @@ ROUTES = [
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
+async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Places]]:
     """Open what the service holds, hand it on, and close it in the opposite order."""
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
@@ -171,12 +172,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.upstream = upstream
         app.state.service = service
         app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
+        app.state.places = places_for(settings)
         if settings.metrics_port:
             address, is_shared = (HOST, settings.metrics_port), settings.web_concurrency > 1
             side = serving(metrics_app(app), address, is_shared=is_shared)
             await stack.enter_async_context(side)
         gc.freeze()  # what is there now stays: no collection needs to look at it again
-        yield
+        yield {PLACES: places_for(settings)}
 
 
 def open_history(settings: Settings, link: Link | None) -> History:
@@ -190,6 +192,10 @@ def open_history(settings: Settings, link: Link | None) -> History:
         max_bytes=settings.max_history_bytes,
         ttl=settings.conversation_ttl,
     )
+
+
+def places_for(settings: Settings) -> Places:
+    return Places(settings.max_connections_per_client, settings.trusted_proxies)
 
 
 def metrics_app(app: Starlette) -> Starlette:

@@ -1,5 +1,6 @@
 """
-uvicorn's protocols, guarded against callers who send without an end, or read nothing.
+uvicorn's protocols, guarded against callers who send without an end, read nothing, or take all
+connections.
 
 `python server.py` uses them; `uvicorn server:app` does with
 `--http chat.protocols:HTTPProtocol --ws chat.protocols:WebSocketProtocol`.
@@ -7,6 +8,7 @@ uvicorn's protocols, guarded against callers who send without an end, or read no
 
 import asyncio
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -16,7 +18,9 @@ from websockets.exceptions import InvalidState
 from websockets.frames import Frame
 from websockets.http11 import Request
 
+from chat.errors import TooManyConnections
 from chat.middleware import TEXTS
+from chat.places import PLACES, Places
 
 MAX_CONNECTIONS = 10_000
 """Connections of a process; beyond it, new ones are closed at once."""
@@ -40,11 +44,33 @@ def limit_unread(transport: asyncio.BaseTransport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-class Impatient:
-    """What both protocols do about that which does not come in time."""
+class Guarded(asyncio.Protocol):
+    """What both protocols do about connections of which one client has too many, and about that
+    which does not come in time."""
 
+    app_state: dict[str, Any]
+    client: tuple[str, int] | None
     loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
     _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._place = ExitStack()
+        places: Places | None = self.app_state.get(PLACES)
+        if places and self.client:  # there is none on a Unix socket
+            try:
+                self._place.enter_context(places.taken_by(self.client[0]))
+            except TooManyConnections:
+                self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+        super().connection_lost(exc)
+
+    def _leave(self) -> None:
+        self._place.close()
+        self._stop_timer()
 
     def _start_timer(self, seconds: float) -> None:
         """Give up in so many seconds, unless it runs already or is stopped."""
@@ -60,7 +86,7 @@ class Impatient:
         raise NotImplementedError
 
 
-class HTTPProtocol(Impatient, HttpToolsProtocol):
+class HTTPProtocol(Guarded, HttpToolsProtocol):
     """Ends connections on which the head of a request is too long, or does not arrive."""
 
     head_timeout = 15.0
@@ -73,12 +99,11 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
-            return
-        limit_unread(transport)
-        self._start_timer(self.head_timeout)
+        if not transport.is_closing():
+            limit_unread(transport)
+            self._start_timer(self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
         super().connection_lost(exc)
         if self._answering:  # uvicorn tells only the last request of those that were pipelined
             self._answering.disconnected = True
@@ -116,6 +141,7 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         if self._is_answering or self.flow.write_paused:
             self.transport.abort()
         else:
+            self._leave()
             super().handle_websocket_upgrade()
 
     @property
@@ -128,7 +154,7 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
             self.transport.abort()
 
 
-class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
+class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     """
     Takes no more from a caller than that caller reads, and not too many frames; and offers the
     extension `TEXTS`: a message of that type has `texts`, a list of strings.
@@ -140,10 +166,6 @@ class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
     message_timeout = 15.0
     """Seconds in which a message has to arrive, from its first byte on."""
     _frames = 0
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), SLICE_BYTES):

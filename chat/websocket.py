@@ -18,12 +18,14 @@ from chat.errors import (
     ChatError,
     Draining,
     InternalError,
+    TooManyConnections,
     TooManyWasted,
 )
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.limits import RateLimiter
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import TEXTS, client_of, connection_of, record_message
+from chat.middleware import TEXTS, client_of, connection_of, log_fields, record_message
+from chat.places import Places
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,16 @@ class ChatSocket:
         self._reply: Reply | None = None
         self._relaying: asyncio.Task[None] | None = None
 
-    async def serve(self) -> None:
-        """Answer messages until either side closes the connection."""
+    async def serve(self, places: Places) -> None:
+        """Answer messages until either side closes the connection, if its client has a place."""
+        scope = self._websocket.scope
         await self._websocket.accept()
-        with self._drain.serving(self):
-            await self._serve()
+        try:
+            with places.taken_by(client_of(scope)), self._drain.serving(self):
+                await self._serve()
+        except TooManyConnections as error:
+            log_fields(scope).update(error.log_fields)
+            await self._fail(error)
 
     def drain(self) -> None:
         """Close the connection as soon as no reply runs on it."""
