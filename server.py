@@ -272,7 +272,7 @@ def main() -> None:
         "proxy_headers": False,  # TRUSTED_PROXIES says whom to believe
         "http": HTTPProtocol,
         "ws": WebSocketProtocol,
-        "ws_max_size": 4 * settings.max_body_bytes,  # up to there, an error goes before the close
+        "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,  # a token is too short to gain by it
     }
     if settings.web_concurrency > 1:

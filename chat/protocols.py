@@ -14,11 +14,12 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState
-from websockets.frames import Frame
+from websockets.exceptions import InvalidState, PayloadTooBig
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 
-from chat.errors import TooManyConnections
+from chat.errors import BodyTooLarge, TooManyConnections
+from chat.framing import error_body
 from chat.middleware import TEXTS
 from chat.places import PLACES, Places
 
@@ -167,12 +168,18 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     """Seconds in which a message has to arrive, from its first byte on."""
     _frames = 0
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.conn.reader.discard()  # what it is part of waits for the garbage collector
+
     def data_received(self, data: bytes) -> None:
+        if self.conn.parser_exc:
+            return  # what comes behind the end is dropped
         for start in range(0, len(data), SLICE_BYTES):
             super().data_received(data[start : start + SLICE_BYTES])
             if self._frames > MAX_FRAMES:
                 self.transport.abort()
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self.conn.parser_exc:
                 return
         if not (self.conn.reader.buffer or self.frames):
             self._stop_timer()
@@ -186,6 +193,29 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
             self.transport.abort()
         else:
             self._start_timer(self.message_timeout)
+
+    def handle_parser_exception(self) -> None:
+        if self.conn.close_sent is None:  # it came before the handshake was answered
+            self.transport.abort()
+        elif isinstance(self.conn.parser_exc, PayloadTooBig) and not self.close_sent:
+            self._refuse_message(BodyTooLarge(self.config.ws_max_size))
+        else:
+            super().handle_parser_exception()
+
+    def _refuse_message(self, error: BodyTooLarge) -> None:
+        """Tell of the error before the close, and let the rest come: to close a connection on which
+        something is unread cuts off what the caller has not read yet."""
+        self._stop_timer()
+        self.frames = []
+        self.close_sent = True
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": error.close_code})
+        message = Frame(Opcode.TEXT, error_body(error.message)).serialize(mask=False)
+        self.transport.write(message + b"".join(self.conn.data_to_send()))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+        else:  # with TLS
+            self.transport.close()
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)

@@ -97,6 +97,8 @@ class ChatSocket:
         try:
             while (message := await self._next_message())["type"] == "websocket.receive":
                 await self._answer(message)
+            if message.get("code") == BodyTooLarge.close_code:  # the server has told the caller
+                self._record(BodyTooLarge(self._max_bytes))
         except WebSocketDisconnect:
             pass
         except (CallerIdle, Draining) as error:
@@ -104,7 +106,7 @@ class ChatSocket:
         except Exception:
             logger.exception("a WebSocket failed by a fault of ours")
             fault = InternalError()
-            record_message(self._websocket.scope, fault.status, fault.log_fields)
+            self._record(fault)
             await self._fail(fault)
         finally:
             if self._reply:
@@ -133,7 +135,7 @@ class ChatSocket:
             else:
                 self._begin(request)
         except ChatError as error:
-            record_message(self._websocket.scope, error.status, error.log_fields)
+            self._record(error)
             if error.close_code is not None and self._reply:
                 self._reply.abandon()
             await self._fail(error)
@@ -207,6 +209,9 @@ class ChatSocket:
                 await self._caller.server_send({"type": "websocket.send", "text": text})
         except CLOSED:
             reply.abandon()
+
+    def _record(self, error: ChatError) -> None:
+        record_message(self._websocket.scope, error.status, error.log_fields)
 
     async def _fail(self, error: ChatError) -> None:
         """Tell the caller of an error, and close the connection where the error asks for it."""

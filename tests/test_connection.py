@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -219,6 +219,20 @@ def test_a_message_that_does_not_come_whole_closes_a_websocket(unfinished: bytes
         upgrade(connection)
         connection.sendall(b"\x81\x82\0\0\0\0ab" + unfinished)
         assert everything_from(connection) == b"\x81\x02ab"
+
+
+def test_unfinished_messages_take_no_more_than_the_largest_request(service: Service) -> None:
+    process = psutil.Process(service.process.pid)
+    before = process.memory_info().rss
+    with ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(connected(service))
+            upgrade(connection)
+            connection.sendall(b"\x81\xff" + (1 << 20).to_bytes(8) + b"\0\0\0\0")
+            with suppress(ConnectionError):
+                connection.sendall(b"x" * ((1 << 20) - 1))
+        assert service.reply("another") == "You said: another"
+        assert process.memory_info().rss - before < WARM_UP_BYTES
 
 
 UNFINISHED = [
