@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "watchdog", "quota", "recent"],
     ["logs", "metrics"],
-    ["config", "messages", "link", "connection", "breaker", "signals", "side_server", "workers"],
+    ["config", "messages", "link", "connection", "breaker", "signals", "workers"],
     ["framing", "history", "reply", "addresses"],
     ["context", "tokens", "groq", "limits", "places", "shared_history"],
     ["upstream", "middleware"],
     ["service", "http", "protocols", "page"],
-    ["origins", "drain"],
+    ["origins", "drain", "side_server"],
     ["websocket"],
     ["server"],
 ]
