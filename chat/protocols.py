@@ -14,7 +14,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState, PayloadTooBig
+from websockets.exceptions import InvalidState, PayloadTooBig, SecurityError
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 
@@ -26,7 +26,8 @@ from chat.places import PLACES, Places
 MAX_CONNECTIONS = 10_000
 """Connections of a process; beyond it, new ones are closed at once."""
 MAX_HEAD_BYTES = 64 << 10
-"""Bytes of a request that are no body: its line, its headers, its trailers."""
+"""Bytes of a request that are no body: its line, its headers, its trailers; counted a read at a
+time, so that a head that comes whole with one read, of at most 256 KiB, may be larger."""
 MAX_PIPELINED = 16
 """Requests that may wait on a connection."""
 MAX_FRAMES = 1000
@@ -119,7 +120,7 @@ class HTTPProtocol(Guarded, HttpToolsProtocol):
         super().data_received(data)
         if self._head_bytes > MAX_HEAD_BYTES or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
-        elif not self._is_answering:
+        elif not self._is_answering and self.transport.get_protocol() is self:
             self._start_timer(self.head_timeout)
 
     def on_headers_complete(self) -> None:
@@ -150,9 +151,7 @@ class HTTPProtocol(Guarded, HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _give_up(self) -> None:
-        upgraded = self.transport.get_protocol()
-        if upgraded is self or not getattr(upgraded, "handshake_initiated", True):
-            self.transport.abort()
+        self.transport.abort()
 
 
 class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
@@ -177,6 +176,8 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
             return  # what comes behind the end is dropped
         for start in range(0, len(data), SLICE_BYTES):
             super().data_received(data[start : start + SLICE_BYTES])
+            if self.conn.handshake_exc and not self.handshake_initiated:
+                self._refuse_handshake(self.conn.handshake_exc)
             if self._frames > MAX_FRAMES:
                 self.transport.abort()
             if self.transport.is_closing() or self.conn.parser_exc:
@@ -193,6 +194,18 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
             self.transport.abort()
         else:
             self._start_timer(self.message_timeout)
+
+    def _refuse_handshake(self, error: Exception) -> None:
+        """Answer what websockets cannot parse, of which uvicorn says nothing."""
+        status, message = 400, "the request for a WebSocket must be valid, and without a body"
+        if isinstance(error, SecurityError):
+            status, message = 431, "the head of the request is too large"
+        response = self.conn.reject(status, error_body(message).decode())
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        self.handshake_complete = self.close_sent = True
+        self.transport.write(response.serialize())
+        self.transport.close()
 
     def handle_parser_exception(self) -> None:
         if self.conn.close_sent is None:  # it came before the handshake was answered

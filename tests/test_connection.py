@@ -235,12 +235,35 @@ def test_unfinished_messages_take_no_more_than_the_largest_request(service: Serv
         assert process.memory_info().rss - before < WARM_UP_BYTES
 
 
+@pytest.mark.parametrize(
+    ("headers", "status", "error"),
+    [
+        ([b"a: " + b"b" * 9000], 431, "the head of the request is too large"),
+        ([b"a: b"] * 200, 431, "the head of the request is too large"),
+        (
+            [b"Content-Length: 9"],
+            400,
+            "the request for a WebSocket must be valid, and without a body",
+        ),
+    ],
+    ids=["a large header", "many headers", "a body"],
+)
+def test_a_handshake_that_cannot_be_read_is_an_error(
+    service: Service, headers: list[bytes], status: int, error: str
+) -> None:
+    with connected(service) as connection:
+        connection.sendall(handshake(*headers))
+        head, _, shown = everything_from(connection).decode().partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ")
+    assert "content-type: application/json" in head.lower()
+    assert json.loads(shown) == {"error": error}
+
+
 UNFINISHED = [
     b"",
     b"\r\n",
     b"GET / HT",
     b"GET / HTTP/1.1\r\nHost: x\r\n",
-    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 9\r\n\r\n",
 ]
 ANSWERED = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
