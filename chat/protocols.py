@@ -47,8 +47,8 @@ def limit_unread(transport: asyncio.BaseTransport) -> None:
 
 
 class Guarded(asyncio.Protocol):
-    """What both protocols do about connections of which one client has too many, and about that
-    which does not come in time."""
+    """What both protocols do about a client with too many connections, and about what does not come
+    in time."""
 
     app_state: dict[str, Any]
     client: tuple[str, int] | None
@@ -85,7 +85,7 @@ class Guarded(asyncio.Protocol):
             self._timer = None
 
     def _give_up(self) -> None:
-        raise NotImplementedError
+        self.transport.abort()
 
 
 class HTTPProtocol(Guarded, HttpToolsProtocol):
@@ -149,9 +149,6 @@ class HTTPProtocol(Guarded, HttpToolsProtocol):
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
-
-    def _give_up(self) -> None:
-        self.transport.abort()
 
 
 class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
