@@ -9,6 +9,7 @@ Importing this module does nothing: `app` is made when it is first asked for.
 import asyncio
 import gc
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -52,10 +53,11 @@ from chat.messages import ChatRequest, check_conversation_id, parse_request
 from chat.middleware import UNMATCHED, RequestMiddleware, client_of
 from chat.origins import OriginMiddleware
 from chat.page import ChatPage
+from chat.places import PLACES, Places
 from chat.protocols import HTTPProtocol, WebSocketProtocol
 from chat.service import ChatService
 from chat.shared_history import SharedHistory
-from chat.side_server import running, serving
+from chat.side_server import listen, running, serving
 from chat.tokens import TokenCounts
 from chat.upstream import Upstream
 from chat.websocket import ChatSocket
@@ -80,8 +82,8 @@ async def chat(request: Request) -> Response:
 async def chat_socket(websocket: WebSocket) -> None:
     state, client = websocket.app.state, client_of(websocket.scope)
     reply_to = partial(state.service.reply_to, stream_type="websocket", client=client)
-    socket = ChatSocket(websocket, reply_to, state.limiter, state.drain, state.settings)
-    await socket.serve()
+    chats = ChatSocket(websocket, reply_to, state.limiter, state.drain, state.settings)
+    await chats.serve(state.places)
 
 
 async def no_such_socket(websocket: WebSocket) -> None:
@@ -148,7 +150,7 @@ ROUTES = [
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
+async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Places]]:
     """Open what the service holds, hand it on, and close it in the opposite order."""
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
@@ -172,12 +174,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.upstream = upstream
         app.state.service = service
         app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
+        app.state.places = places_for(settings)
         if settings.metrics_port:
-            address, is_shared = (HOST, settings.metrics_port), settings.web_concurrency > 1
-            side = serving(metrics_app(app), address, is_shared=is_shared)
+            side = serving(metrics_app(app), listen_for_metrics(settings))
             await stack.enter_async_context(side)
         gc.freeze()  # what is there now stays: no collection needs to look at it again
-        yield
+        yield {PLACES: places_for(settings)}
 
 
 def open_history(settings: Settings, link: Link | None) -> History:
@@ -191,6 +193,14 @@ def open_history(settings: Settings, link: Link | None) -> History:
         max_bytes=settings.max_history_bytes,
         ttl=settings.conversation_ttl,
     )
+
+
+def places_for(settings: Settings) -> Places:
+    return Places(settings.max_connections_per_client, settings.trusted_proxies)
+
+
+def listen_for_metrics(settings: Settings) -> socket.socket:
+    return listen((HOST, settings.metrics_port), is_shared=settings.web_concurrency > 1)
 
 
 def metrics_app(app: Starlette) -> Starlette:
@@ -237,10 +247,23 @@ def routes_of(settings: Settings) -> list[BaseRoute]:
 def settings_or_exit() -> Settings:
     """Read the settings; a bad one ends the process with one line that names it."""
     try:
-        return load_settings(overrides=options_of_uvicorn(sys.argv))
+        settings = load_settings(overrides=options_of_uvicorn(sys.argv))
+        check_metrics_port(settings)
+        return settings
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
         sys.exit(STARTUP_FAILURE)  # by which uvicorn's supervisor knows not to try again
+
+
+def check_metrics_port(settings: Settings) -> None:
+    """Listen on it for a moment: what fails in the lifespan is told with its traceback."""
+    try:
+        if settings.metrics_port:
+            listen_for_metrics(settings).close()
+    except OSError as error:
+        raise SettingsError(
+            f"METRICS_PORT must be free, not {settings.metrics_port}: {error.strerror}"
+        ) from None
 
 
 def options_of_uvicorn(arguments: list[str]) -> dict[str, str]:
@@ -267,7 +290,7 @@ def main() -> None:
         "proxy_headers": False,  # TRUSTED_PROXIES says whom to believe
         "http": HTTPProtocol,
         "ws": WebSocketProtocol,
-        "ws_max_size": 4 * settings.max_body_bytes,  # up to there, an error goes before the close
+        "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,  # a token is too short to gain by it
     }
     if settings.web_concurrency > 1:

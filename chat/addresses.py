@@ -23,7 +23,7 @@ def client_address(peer: str, forwarded_for: Iterable[str], trusted: Sequence[Ne
     """
     client = peer
     hops = [hop.strip() for value in forwarded_for for hop in value.split(",")]
-    while hops and _is_trusted(client, trusted):
+    while hops and is_trusted(client, trusted):
         address = _parse(hops.pop())
         if address is None:
             break
@@ -39,7 +39,8 @@ def bucket_of(client: str) -> str:
     return client if address is None else str(address)
 
 
-def _is_trusted(client: str, trusted: Sequence[Network]) -> bool:
+def is_trusted(client: str, trusted: Sequence[Network]) -> bool:
+    """Tell whether it is the address of a proxy that is to be believed."""
     address = _parse(client)
     return address is not None and any(address in network for network in trusted)
 

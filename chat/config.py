@@ -197,6 +197,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = setting(ORIGINS, ())
     max_concurrent: int = setting(integer(1, 1_000_000), 1000)
     max_concurrent_per_client: int = setting(integer(0, 1_000_000), 0)
+    max_connections_per_client: int = setting(integer(0, 1_000_000), 0)
     max_body_bytes: int = setting(integer(1, 1 << 30), 256 << 10)
     body_timeout: float = setting(seconds(0.01, 3600), 15.0)
     send_timeout: float = setting(seconds(0.01, 3600), 60.0)

@@ -11,6 +11,7 @@ ChatError
 ├── BodyTooLarge              413  closes a WebSocket with 1009
 ├── RateLimited               429  too many requests of one client
 ├── TooManyReplies            429  too many replies to one client at once
+├── TooManyConnections        429  of one client; closes a WebSocket with 1013
 ├── TooBusy                   503  too many replies at once; closes a WebSocket with 1013
 ├── HistoryUnavailable        503  the shared history cannot be reached
 ├── Draining                  503  this replica ends; closes a WebSocket with 1012
@@ -127,6 +128,17 @@ class TooManyReplies(ChatError):
     def __init__(self, limit: int) -> None:
         super().__init__(
             f"too many replies at once for one client, which may have {limit}; wait for one to end"
+        )
+
+
+class TooManyConnections(ChatError):
+    status = 429
+    close_code = 1013
+    reason = "too_many"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"too many connections at once for one client, which may have {limit}; close one first"
         )
 
 

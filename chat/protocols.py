@@ -1,5 +1,6 @@
 """
-uvicorn's protocols, guarded against callers who send without an end, or read nothing.
+uvicorn's protocols, guarded against callers who send without an end, read nothing, or take all
+connections.
 
 `python server.py` uses them; `uvicorn server:app` does with
 `--http chat.protocols:HTTPProtocol --ws chat.protocols:WebSocketProtocol`.
@@ -7,21 +8,26 @@ uvicorn's protocols, guarded against callers who send without an end, or read no
 
 import asyncio
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState
-from websockets.frames import Frame
+from websockets.exceptions import InvalidState, PayloadTooBig, SecurityError
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 
+from chat.errors import BodyTooLarge, TooManyConnections
+from chat.framing import error_body
 from chat.middleware import TEXTS
+from chat.places import PLACES, Places
 
 MAX_CONNECTIONS = 10_000
 """Connections of a process; beyond it, new ones are closed at once."""
 MAX_HEAD_BYTES = 64 << 10
-"""Bytes of a request that are no body: its line, its headers, its trailers."""
+"""Bytes of a request that are no body: its line, its headers, its trailers; counted a read at a
+time, so that a head that comes whole with one read, of at most 256 KiB, may be larger."""
 MAX_PIPELINED = 16
 """Requests that may wait on a connection."""
 MAX_FRAMES = 1000
@@ -40,11 +46,33 @@ def limit_unread(transport: asyncio.BaseTransport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-class Impatient:
-    """What both protocols do about that which does not come in time."""
+class Guarded(asyncio.Protocol):
+    """What both protocols do about a client with too many connections, and about what does not come
+    in time."""
 
+    app_state: dict[str, Any]
+    client: tuple[str, int] | None
     loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
     _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._place = ExitStack()
+        places: Places | None = self.app_state.get(PLACES)
+        if places and self.client:  # there is none on a Unix socket
+            try:
+                self._place.enter_context(places.taken_by(self.client[0]))
+            except TooManyConnections:
+                self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+        super().connection_lost(exc)
+
+    def _leave(self) -> None:
+        self._place.close()
+        self._stop_timer()
 
     def _start_timer(self, seconds: float) -> None:
         """Give up in so many seconds, unless it runs already or is stopped."""
@@ -57,10 +85,10 @@ class Impatient:
             self._timer = None
 
     def _give_up(self) -> None:
-        raise NotImplementedError
+        self.transport.abort()
 
 
-class HTTPProtocol(Impatient, HttpToolsProtocol):
+class HTTPProtocol(Guarded, HttpToolsProtocol):
     """Ends connections on which the head of a request is too long, or does not arrive."""
 
     head_timeout = 15.0
@@ -73,12 +101,11 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
-            return
-        limit_unread(transport)
-        self._start_timer(self.head_timeout)
+        if not transport.is_closing():
+            limit_unread(transport)
+            self._start_timer(self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
         super().connection_lost(exc)
         if self._answering:  # uvicorn tells only the last request of those that were pipelined
             self._answering.disconnected = True
@@ -93,7 +120,7 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         super().data_received(data)
         if self._head_bytes > MAX_HEAD_BYTES or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
-        elif not self._is_answering:
+        elif not self._is_answering and self.transport.get_protocol() is self:
             self._start_timer(self.head_timeout)
 
     def on_headers_complete(self) -> None:
@@ -110,17 +137,21 @@ class HTTPProtocol(Impatient, HttpToolsProtocol):
         self._head_bytes = 0
         super().on_message_complete()
 
+    def handle_websocket_upgrade(self) -> None:
+        # The request in front of it would hear of nothing more, neither that its caller has left,
+        # nor that it may go on writing.
+        if self._is_answering or self.flow.write_paused:
+            self.transport.abort()
+        else:
+            self._leave()
+            super().handle_websocket_upgrade()
+
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _give_up(self) -> None:
-        upgraded = self.transport.get_protocol()
-        if upgraded is self or not getattr(upgraded, "handshake_initiated", True):
-            self.transport.abort()
 
-
-class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
+class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     """
     Takes no more from a caller than that caller reads, and not too many frames; and offers the
     extension `TEXTS`: a message of that type has `texts`, a list of strings.
@@ -134,15 +165,19 @@ class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
     _frames = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
         super().connection_lost(exc)
+        self.conn.reader.discard()  # what it is part of waits for the garbage collector
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.parser_exc:
+            return  # what comes behind the end is dropped
         for start in range(0, len(data), SLICE_BYTES):
             super().data_received(data[start : start + SLICE_BYTES])
+            if self.conn.handshake_exc and not self.handshake_initiated:
+                self._refuse_handshake(self.conn.handshake_exc)
             if self._frames > MAX_FRAMES:
                 self.transport.abort()
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self.conn.parser_exc:
                 return
         if not (self.conn.reader.buffer or self.frames):
             self._stop_timer()
@@ -156,6 +191,41 @@ class WebSocketProtocol(Impatient, WebSocketsSansIOProtocol):
             self.transport.abort()
         else:
             self._start_timer(self.message_timeout)
+
+    def _refuse_handshake(self, error: Exception) -> None:
+        """Answer what websockets cannot parse, of which uvicorn says nothing."""
+        status, message = 400, "the request for a WebSocket must be valid, and without a body"
+        if isinstance(error, SecurityError):
+            status, message = 431, "the head of the request is too large"
+        response = self.conn.reject(status, error_body(message).decode())
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        self.handshake_complete = self.close_sent = True
+        self.transport.write(response.serialize())
+        self.transport.close()
+
+    def handle_parser_exception(self) -> None:
+        if self.conn.close_sent is None:  # it came before the handshake was answered
+            self.transport.abort()
+        elif isinstance(self.conn.parser_exc, PayloadTooBig) and not self.close_sent:
+            self._refuse_message(BodyTooLarge(self.config.ws_max_size))
+        else:
+            super().handle_parser_exception()
+
+    def _refuse_message(self, error: BodyTooLarge) -> None:
+        """Tell of the error before the close, and let the rest come: to close a connection on which
+        something is unread cuts off what the caller has not read yet."""
+        self._stop_timer()
+        self.frames = []
+        self.close_sent = True
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": error.close_code})
+        message = Frame(Opcode.TEXT, error_body(error.message)).serialize(mask=False)
+        self.transport.write(message + b"".join(self.conn.data_to_send()))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+        else:  # with TLS
+            self.transport.close()
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)

@@ -9,6 +9,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from chat.protocols import HTTPProtocol
+
 
 @asynccontextmanager
 async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
@@ -29,17 +31,21 @@ class SideServer(uvicorn.Server):
         yield
 
 
-@asynccontextmanager
-async def serving(
-    app: ASGIApp, address: tuple[str, int], *, is_shared: bool
-) -> AsyncIterator[None]:
+def listen(address: tuple[str, int], *, is_shared: bool) -> socket.socket:
     """
-    Serve an app on a port of its own.
+    Listen on a port.
 
     Raises:
-        OSError: the port is taken; unless it `is_shared` with other workers, who listen on it too.
+        OSError: it is taken; unless it `is_shared` with other workers, who listen on it too.
     """
-    config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
-    listener = socket.create_server(address, reuse_port=is_shared)
+    return socket.create_server(address, reuse_port=is_shared)
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve an app on a port of its own, over HTTP only."""
+    config = uvicorn.Config(
+        app, http=HTTPProtocol, ws="none", log_config=None, lifespan="off", access_log=False
+    )
     async with running(SideServer(config).serve(sockets=[listener])):
         yield

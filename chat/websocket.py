@@ -18,12 +18,14 @@ from chat.errors import (
     ChatError,
     Draining,
     InternalError,
+    TooManyConnections,
     TooManyWasted,
 )
 from chat.framing import SOCKET_CANCELLED, SOCKET_DONE, error_body, socket_token
 from chat.limits import RateLimiter
 from chat.messages import SocketRequest, parse_request
-from chat.middleware import TEXTS, client_of, connection_of, record_message
+from chat.middleware import TEXTS, client_of, connection_of, log_fields, record_message
+from chat.places import Places
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,16 @@ class ChatSocket:
         self._reply: Reply | None = None
         self._relaying: asyncio.Task[None] | None = None
 
-    async def serve(self) -> None:
-        """Answer messages until either side closes the connection."""
+    async def serve(self, places: Places) -> None:
+        """Answer messages until either side closes the connection, if its client has a place."""
+        scope = self._websocket.scope
         await self._websocket.accept()
-        with self._drain.serving(self):
-            await self._serve()
+        try:
+            with places.taken_by(client_of(scope)), self._drain.serving(self):
+                await self._serve()
+        except TooManyConnections as error:
+            log_fields(scope).update(error.log_fields)
+            await self._fail(error)
 
     def drain(self) -> None:
         """Close the connection as soon as no reply runs on it."""
@@ -90,6 +97,8 @@ class ChatSocket:
         try:
             while (message := await self._next_message())["type"] == "websocket.receive":
                 await self._answer(message)
+            if message.get("code") == BodyTooLarge.close_code:  # the server has told the caller
+                self._record(BodyTooLarge(self._max_bytes))
         except WebSocketDisconnect:
             pass
         except (CallerIdle, Draining) as error:
@@ -97,7 +106,7 @@ class ChatSocket:
         except Exception:
             logger.exception("a WebSocket failed by a fault of ours")
             fault = InternalError()
-            record_message(self._websocket.scope, fault.status, fault.log_fields)
+            self._record(fault)
             await self._fail(fault)
         finally:
             if self._reply:
@@ -126,7 +135,7 @@ class ChatSocket:
             else:
                 self._begin(request)
         except ChatError as error:
-            record_message(self._websocket.scope, error.status, error.log_fields)
+            self._record(error)
             if error.close_code is not None and self._reply:
                 self._reply.abandon()
             await self._fail(error)
@@ -200,6 +209,9 @@ class ChatSocket:
                 await self._caller.server_send({"type": "websocket.send", "text": text})
         except CLOSED:
             reply.abandon()
+
+    def _record(self, error: ChatError) -> None:
+        record_message(self._websocket.scope, error.status, error.log_fields)
 
     async def _fail(self, error: ChatError) -> None:
         """Tell the caller of an error, and close the connection where the error asks for it."""

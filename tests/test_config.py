@@ -90,6 +90,7 @@ def test_redis_may_be_left_out() -> None:
         ("REDIS_ADDR", "redis+cluster://a:1,b:2/3", "host:port"),
         ("REDIS_ADDR", "redis://:secret@redis:0", "host:port, such as redis:6379, a redis:// URL"),
         ("HISTORY_STORE", "disk", "memory or redis, not 'disk'"),
+        ("MAX_CONNECTIONS_PER_CLIENT", "-1", "a whole number from 0 to 1,000,000, not '-1'"),
         ("RATE_LIMIT", "30", "a rate such as 30/minute"),
         ("RATE_LIMIT", "0/minute", "a rate such as 30/minute"),
         ("RATE_LIMIT", "30/week", "a rate such as 30/minute"),

@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -113,11 +113,19 @@ def ask_for_json(connection: socket.socket, service: Service) -> None:
     connection.sendall(asking("large", stream=False))
 
 
-def upgrade(connection: socket.socket) -> None:
-    connection.sendall(
-        b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+def handshake(*headers: bytes) -> bytes:
+    return b"\r\n".join(
+        (
+            b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade",
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            *headers,
+            b"\r\n",
+        )
     )
+
+
+def upgrade(connection: socket.socket) -> None:
+    connection.sendall(handshake())
     while not connection.recv(4096).endswith(b"\r\n\r\n"):
         pass
 
@@ -213,12 +221,25 @@ def test_a_message_that_does_not_come_whole_closes_a_websocket(unfinished: bytes
         assert everything_from(connection) == b"\x81\x02ab"
 
 
+def test_unfinished_messages_take_no_more_than_the_largest_request(service: Service) -> None:
+    process = psutil.Process(service.process.pid)
+    before = process.memory_info().rss
+    with ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(connected(service))
+            upgrade(connection)
+            connection.sendall(b"\x81\xff" + (1 << 20).to_bytes(8) + b"\0\0\0\0")
+            with suppress(ConnectionError):
+                connection.sendall(b"x" * ((1 << 20) - 1))
+        assert service.reply("another") == "You said: another"
+        assert process.memory_info().rss - before < WARM_UP_BYTES
+
+
 UNFINISHED = [
     b"",
     b"\r\n",
     b"GET / HT",
     b"GET / HTTP/1.1\r\nHost: x\r\n",
-    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 9\r\n\r\n",
 ]
 ANSWERED = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "watchdog", "quota", "recent"],
     ["logs", "metrics", "redis_client"],
-    ["config", "messages", "link", "connection", "breaker", "signals", "side_server"],
+    ["config", "messages", "link", "connection", "breaker", "signals"],
     ["framing", "history", "reply", "addresses", "workers"],
-    ["context", "tokens", "groq", "limits", "shared_history"],
+    ["context", "tokens", "groq", "limits", "places", "shared_history"],
     ["upstream", "middleware"],
     ["service", "http", "protocols", "page"],
-    ["origins", "drain"],
+    ["origins", "drain", "side_server"],
     ["websocket"],
     ["server"],
 ]

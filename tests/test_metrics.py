@@ -1,5 +1,8 @@
 """What /metrics tells, read with Prometheus' own parser."""
 
+import socket
+from contextlib import suppress
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -7,7 +10,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from chat.errors import reasons
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import ROOT, Process, Service, environment, free_port, wait_until
+from tests.servers import (
+    ROOT,
+    Process,
+    Service,
+    UvicornService,
+    environment,
+    free_port,
+    wait_until,
+)
 
 NAMES = {
     "http_requests",
@@ -132,10 +143,30 @@ def test_metrics_may_have_a_port_of_their_own(start_service: StartService) -> No
     assert service.http.get("/metrics").status_code == 404
 
 
-def test_a_metrics_port_that_is_taken_ends_the_start(groq: FakeGroq) -> None:
-    with Service(GROQ_BASE_URL=groq.url) as first:
-        second = Service(GROQ_BASE_URL=groq.url, METRICS_PORT=first.port)
-        process = Process(second.command, environment(second._settings), ROOT)
-        process.wait()
-        assert process.end() == 3
-        assert "Address already in use" in process.output
+@pytest.mark.parametrize("command", [Service, UvicornService])
+def test_a_metrics_port_that_is_taken_ends_the_start_with_one_line(
+    service: Service, command: type[Service]
+) -> None:
+    second = command(METRICS_PORT=service.port)
+    process = Process(second.command, environment(second._settings), ROOT)
+    process.wait()
+    assert process.end() == 3
+    assert process.output.startswith(
+        f"error: METRICS_PORT must be free, not {service.port}: Address already in use"
+    )
+    assert process.output.count("\n") == 1
+
+
+def test_the_port_for_metrics_is_guarded_as_the_other_one(start_service: StartService) -> None:
+    port = free_port()
+    start_service(METRICS_PORT=port)
+    with (
+        suppress(ConnectionError),
+        socket.create_connection(("127.0.0.1", port), 5) as connection,
+    ):
+        connection.sendall(b"GET /metrics HTTP/1.1\r\na: ")
+        for _ in range(2_000):
+            connection.sendall(b"b" * 6000)
+        pytest.fail("12 MB of a head were taken")
+    handshake = {"connection": "upgrade", "upgrade": "websocket"}
+    assert httpx.get(f"http://127.0.0.1:{port}/metrics", headers=handshake).status_code == 200

@@ -19,6 +19,7 @@ from chat.config import load_settings
 from chat.drain import Drain
 from chat.messages import SocketRequest
 from chat.middleware import RequestMiddleware
+from chat.places import Places
 from chat.reply import Reply
 from chat.service import ChatService
 from chat.websocket import ChatSocket
@@ -45,7 +46,7 @@ def fail_to_reply(request: SocketRequest) -> Reply:
 
 async def fail_on_socket(websocket: WebSocket) -> None:
     drain = Drain(cast(ChatService, None), delay=0, timeout=0)
-    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve()
+    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve(Places(0, ()))
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """The WebSocket at /chat, over real sockets."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from tests.conftest import StartService
@@ -164,6 +165,36 @@ def test_a_message_beyond_the_limit_gets_an_error_and_code_1009(
         socket.send(json.dumps(body(letter * (1000 // len(letter.encode()))), ensure_ascii=False))
         assert next_message(socket) == {"error": "the request must be at most 1000 bytes"}
         assert closing_code(socket) == 1009
+    assert service.log_line(status=413)["error"] == "too_large"
+
+
+def test_a_message_of_just_the_limit_is_taken(start_service: StartService) -> None:
+    service = start_service(MAX_BODY_BYTES=1000)
+    question = json.dumps(body("é" * 400), ensure_ascii=False)
+    with service.socket() as socket:
+        socket.send(question + " " * (1000 - len(question.encode())))
+        assert read_reply(socket)[1] == DONE
+
+
+@pytest.mark.parametrize("piece", [20 << 20, 100_000], ids=["a frame", "many frames"])
+def test_a_message_far_beyond_the_limit_is_told_so_too(service: Service, piece: int) -> None:
+    with service.socket() as socket:
+        with suppress(ConnectionClosed):  # it may well be refused while it is sent
+            socket.send("x" * piece for _ in range(20))
+        assert next_message(socket) == {"error": "the request must be at most 262144 bytes"}
+        assert closing_code(socket) == 1009
+
+
+def test_a_message_beyond_the_limit_ends_the_reply_that_runs(
+    service: Service, groq: FakeGroq
+) -> None:
+    groq.on("hold", Script(["a", "b"], hold_before_token=1))
+    with service.socket() as socket:
+        ask(socket, "hold")
+        assert next_message(socket) == {"token": "a"}
+        socket.send("x" * 300_000)
+        assert "at most" in next_message(socket)["error"]
+    assert groq.wait_for_request("hold").is_closed_soon()
 
 
 def test_an_error_that_closes_the_socket_ends_its_reply(
