@@ -46,6 +46,11 @@ class ChatError(Exception):
     """One word for logs and metrics."""
     retry_after: int | None = None
     """Seconds until another try makes sense, where that is known."""
+    text: str = ""
+    """What the caller is told, where it is always the same."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text or self.text)
 
     @property
     def message(self) -> str:
@@ -65,33 +70,25 @@ class BadRequest(ChatError):
 
 class BinaryMessage(BadRequest):
     close_code = 1003
-
-    def __init__(self) -> None:
-        super().__init__("a message must be JSON in a text frame, not a binary one")
+    text = "a message must be JSON in a text frame, not a binary one"
 
 
 class TooManyWasted(BadRequest):
     close_code = 1008
-
-    def __init__(self) -> None:
-        super().__init__("too many messages in a row that ask for no reply")
+    text = "too many messages in a row that ask for no reply"
 
 
 class OriginNotAllowed(ChatError):
     status = 403
     close_code = 1008
     reason = "origin"
-
-    def __init__(self) -> None:
-        super().__init__("pages of this origin may not use this service")
+    text = "pages of this origin may not use this service"
 
 
 class ConversationNotFound(ChatError):
     status = 404
     reason = "not_found"
-
-    def __init__(self) -> None:
-        super().__init__("there is no such conversation")
+    text = "there is no such conversation"
 
 
 class BodyTooSlow(ChatError):
@@ -147,18 +144,14 @@ class TooBusy(ChatError):
     close_code = 1013
     reason = "too_busy"
     retry_after = 1
-
-    def __init__(self) -> None:
-        super().__init__("too many replies at once; try again in a moment")
+    text = "too many replies at once; try again in a moment"
 
 
 class HistoryUnavailable(ChatError):
     status = 503
     reason = "history"
     retry_after = 1
-
-    def __init__(self) -> None:
-        super().__init__("the conversation cannot be reached; try again in a moment")
+    text = "the conversation cannot be reached; try again in a moment"
 
 
 class Draining(ChatError):
@@ -166,9 +159,7 @@ class Draining(ChatError):
     close_code = 1012
     reason = "draining"
     retry_after = 1
-
-    def __init__(self) -> None:
-        super().__init__("the service is restarting; try again in a moment")
+    text = "the service is restarting; try again in a moment"
 
 
 class GroqError(ChatError):
@@ -186,9 +177,7 @@ class GroqError(ChatError):
 class GroqUnreachable(GroqError):
     reason = "unreachable"
     is_temporary = is_outage = True
-
-    def __init__(self) -> None:
-        super().__init__("the language model service cannot be reached")
+    text = "the language model service cannot be reached"
 
 
 OF_PROXY = frozenset(range(520, 531))
@@ -245,9 +234,7 @@ class GroqRateLimited(GroqRefused):
 class GroqFailed(GroqError):
     reason = "failed"
     is_temporary = is_outage = True
-
-    def __init__(self) -> None:
-        super().__init__("the language model service failed while it was replying")
+    text = "the language model service failed while it was replying"
 
 
 class GroqReplyBroken(GroqError):
@@ -275,9 +262,7 @@ class GroqTimeout(GroqError):
     status = 504
     reason = "timeout"
     is_temporary = is_outage = True
-
-    def __init__(self) -> None:
-        super().__init__("the language model service did not answer in time")
+    text = "the language model service did not answer in time"
 
 
 class GroqDown(GroqError):
@@ -305,9 +290,7 @@ class GroqQuotaUsedUp(GroqError):
 class CallerLeft(ChatError):
     status = 499  # nginx's: there is no caller to see it
     reason = "caller_left"
-
-    def __init__(self) -> None:
-        super().__init__("the caller left before the reply was complete")
+    text = "the caller left before the reply was complete"
 
 
 class CallerIdle(ChatError):
@@ -321,9 +304,7 @@ class CallerIdle(ChatError):
 
 class InternalError(ChatError):
     close_code = 1011
-
-    def __init__(self) -> None:
-        super().__init__("an internal error occurred")
+    text = "an internal error occurred"
 
 
 def reasons(root: type[ChatError] = ChatError) -> set[str]:
