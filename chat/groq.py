@@ -9,7 +9,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
 
 import aiohttp
@@ -69,10 +68,10 @@ class Groq:
         quota: what is left of the model's quota, by Groq's last answer.
     """
 
-    def __init__(self, client: httpx.AsyncClient, settings: Settings, model: str) -> None:
+    def __init__(self, transport: "GroqTransport", settings: Settings, model: str) -> None:
         self.model = model
         self.quota = Quota()
-        self._client = client
+        self._transport = transport
         self._url = httpx.URL(f"{settings.groq_base_url}/chat/completions")
         self._models_url = httpx.URL(f"{settings.groq_base_url}/models")
         self._headers = httpx.Headers(
@@ -141,7 +140,7 @@ class Groq:
         request = httpx.Request("GET", self._models_url, headers=self._headers)
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT):
-                response = await self._client.send(request, stream=True)
+                response = await self._transport.handle_async_request(request)
                 async with aclosing(response):
                     status, body = response.status_code, await _beginning(_content(response))
         except (TimeoutError, httpx.HTTPError, aiohttp.ClientError):
@@ -221,7 +220,7 @@ class Groq:
             async with asyncio.timeout(first_limit) as attempt.clock:
                 with attempt.clocks:
                     with self.quota.reserve((reply.prompt_tokens or 0) + self._max_tokens):
-                        response = await self._client.send(request, stream=True)
+                        response = await self._transport.handle_async_request(request)
                         self.quota.note(response.status_code, response.headers)
                     async with aclosing(response):
                         if response.status_code != 200:
@@ -342,15 +341,18 @@ async def _drain(content: aiohttp.StreamReader) -> None:
 
 @asynccontextmanager
 async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
-    """Open the one client of the process; give the model, and the fallback if there is one."""
-    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-    async with httpx.AsyncClient(transport=GroqTransport(), cookies=no_cookies) as client:
+    """Open the connections of the process; give the model, and the fallback if there is one."""
+    async with GroqTransport() as transport:
         names = filter(None, (settings.model, settings.fallback_model))
-        yield [Groq(client, settings, name) for name in names]
+        yield [Groq(transport, settings, name) for name in names]
 
 
 class GroqTransport(AiohttpTransport):
-    """aiohttp without cookies: what Groq sets for one caller is not the others'."""
+    """
+    httpx over aiohttp, without cookies: what Groq sets for one caller is not the others'.
+
+    There is no client around it, whose redirects and merging of headers nobody needs here.
+    """
 
     def get_client(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
