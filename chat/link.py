@@ -186,17 +186,17 @@ class Link:
         return answer if isinstance(answer, Exception) else None
 
     def note_refusal(self, answers: Sequence[object]) -> None:
-        """Log by what a command was refused, once for as long as that stays the same."""
+        """Log by what a command was refused, once until the state changes; and look at that."""
         refusal = next((type(each).__name__ for each in answers if isinstance(each, Exception)), "")
         if refusal and refusal != self._refusal:
+            self._refusal = refusal
             logger.warning("Redis refuses a command (%s)", refusal)
             self._suspect.set()
-        self._refusal = refusal
 
     def _note(self, state: State, fault: BaseException | None) -> None:
         if state == self.state:
             return
-        self.state = state
+        self.state, self._refusal = state, ""
         metrics.REDIS_UP.set(state == "up")
         what = "a part of Redis" if state == "partly" else "Redis"
         if fault:
