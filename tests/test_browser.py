@@ -145,8 +145,10 @@ def test_an_escape_or_enter_of_an_input_method_is_its_own(chat: Chat, groq: Fake
     expect(chat.message).to_have_value("half a word")
 
 
-def test_a_tab_whose_storage_is_full_can_still_chat(chat: Chat) -> None:
-    chat.ask("before")
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_tab_whose_storage_is_full_can_still_chat(chat: Chat, is_new: bool) -> None:
+    if not is_new:
+        chat.ask("before")
     chat.page.evaluate(
         """() => {
           for (let size = 1 << 22; size; size >>= 1) {
@@ -457,6 +459,21 @@ def hide(page: Page, *, is_hidden: bool) -> None:
         }""",
         is_hidden,
     )
+
+
+def test_a_network_that_goes_and_comes_back_is_told_and_asked_again(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    groq.on("lost on the way", Script(["now"], hold_before_token=0))
+    chat.say("lost on the way")
+    groq.wait_for_request("lost on the way")
+    chat.page.evaluate("dispatchEvent(new Event('offline'))")
+    expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
+    chat.page.evaluate("dispatchEvent(new Event('online'))")
+    groq.wait_for(lambda: len(groq.asked("lost on the way")) == 2)
+    groq.release()
+    expect(chat.replies.last).to_have_text("now")
+    expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
 
 
 def test_messages_that_cannot_be_loaded_can_be_tried_again(chat: Chat) -> None:

@@ -53,7 +53,7 @@ def shape(page: Page, text: str) -> str:
         ("**Note:**text", "<p><strong>Note:</strong>text</p>"),
         ("**open *one", "<p>**open *one</p>"),
         ("*a **b*", "<p><em>a **b</em></p>"),
-        (r"\*no\* \`no\` \a", r"<p>*no* `no` \a</p>"),
+        (r"\*no\* \`no\` \a \(x\) \[y\]", r"<p>*no* `no` \a \(x\) \[y\]</p>"),
         ("`a *b*` ``c ` d`` `open", "<p><code>a *b*</code> <code>c ` d</code> `open</p>"),
         ("- a\n- b\n  - c\n\n  more\n- d", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li>"
          "</ul><p>more</p></li><li><p>d</p></li></ul>"),

@@ -16,6 +16,7 @@ const STOPPING = 5_000;
 
 const UNREACHABLE = "The service cannot be reached.";
 const LOST = "The connection was lost.";
+const NOT_SENT = "The message could not be sent.";
 
 /**
  * @typedef {object} Question
@@ -50,13 +51,21 @@ export class Connection {
     this.#url = url;
     this.#onChange = onChange;
     document.addEventListener("visibilitychange", () => this.wake());
-    window.addEventListener("online", () => this.#retry && this.#connect());
+    window.addEventListener("offline", () => onChange("lost"));
+    window.addEventListener("online", () => this.#goOnline());
   }
 
   /** Connect, unless that is so already or will be soon. */
   wake() {
     const isDue = this.#retry === null || (this.#retry === "visible" && !document.hidden);
     if (isDue) this.#connect();
+  }
+
+  /** A connection may have gone with the network without a word: of it, only an answer tells. */
+  #goOnline() {
+    if (this.#asked?.isSent && !this.#asked.isAnswered) this.#lose(0);
+    else if (this.#isOpen) this.#onChange("open");
+    else if (this.#retry) this.#connect();
   }
 
   #connect() {
@@ -87,7 +96,12 @@ export class Connection {
     if (!asked.isSent) return this.#end().onDone(true);
     asked.isStopped = true;
     this.#socket.send(JSON.stringify({ cancel: true }));
-    asked.deadline = setTimeout(() => this.#lose(0), STOPPING);
+    this.#awaitStop();
+  }
+
+  #awaitStop() {
+    clearTimeout(this.#asked.deadline);
+    this.#asked.deadline = setTimeout(() => this.#lose(0), STOPPING);
   }
 
   /** Forget the question, and whatever still comes of its reply. */
@@ -111,7 +125,8 @@ export class Connection {
   async #deliver() {
     const asked = this.#asked;
     const socket = this.#socket;
-    const request = JSON.stringify(await asked.request());
+    const request = await asked.request().then(JSON.stringify, () => null);
+    if (asked === this.#asked && request === null) return this.#fail(NOT_SENT);
     if (asked !== this.#asked || asked.isSent || socket !== this.#socket || !this.#isOpen) return;
     clearTimeout(asked.deadline);
     asked.isSent = true;
@@ -126,6 +141,7 @@ export class Connection {
       return;
     }
     this.#asked.isAnswered = true;
+    if (this.#asked.isStopped) this.#awaitStop(); // what was on its way still comes
     if ("token" in message) this.#asked.onToken(message.token);
     else if ("error" in message) this.#fail(message.error);
     else this.#end().onDone("cancelled" in message);

@@ -2,12 +2,18 @@
 
 import { showMarkdown } from "./markdown.js";
 
+/** Milliseconds between two looks at a reply that grows, and how many times what the last one took:
+ * a very long reply must leave the page room to breathe. */
+const FRAME = 16;
+const REST = 3;
+
 export class Exchange {
   /** The text of the reply, so far. */
   reply = "";
   /** Whether the service has stored it. */
   isStored = false;
-  #frame = null;
+  #rendering = null;
+  #cost = 0;
 
   /** @param {string} question */
   constructor(question) {
@@ -33,10 +39,11 @@ export class Exchange {
     this.#enter("waiting");
   }
 
-  /** Tokens may come faster than the screen can show them: they are shown once a frame. */
+  /** Tokens may come faster than the screen can show them. */
   append(token) {
     this.reply += token;
-    this.#frame ??= requestAnimationFrame(() => this.#render(true));
+    const pause = Math.max(FRAME, REST * this.#cost);
+    this.#rendering ??= setTimeout(() => this.#render(true), pause);
     if (this.#state === "waiting") this.#enter("streaming");
   }
 
@@ -80,8 +87,9 @@ export class Exchange {
   }
 
   #render(isOpen = false) {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = null;
+    clearTimeout(this.#rendering);
+    this.#rendering = null;
+    const startedAt = performance.now();
     const place = this.#part(".text");
     try {
       showMarkdown(place, this.reply, isOpen);
@@ -89,6 +97,7 @@ export class Exchange {
       console.error(error); // a text that cannot be shown well must not stop the conversation
       place.textContent = this.reply;
     }
+    this.#cost = performance.now() - startedAt;
   }
 }
 

@@ -3,7 +3,8 @@
 import { element } from "./dom.js";
 
 const SPECIAL = /https?:\/\/|[\\`*_~[!<\n]/g;
-const ESCAPABLE = /[!-/:-@[-`{-~]/;
+/** But brackets: with them, models begin and end formulas. */
+const ESCAPABLE = /[!-'*-/:-@\\^-`{-~]/;
 const TICKS = /`+/g;
 const RUN = /([*_~])\1*/y;
 const ANGLED_LINK = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/y;

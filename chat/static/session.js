@@ -5,36 +5,54 @@ const UNANSWERED = "unanswered";
 const ID_BYTES = 24;
 
 export class Session {
-  #store = openStore();
+  /** What the tab's storage has, or would have if it took it. */
+  #values = new Map();
+
+  constructor() {
+    for (const name of [ID, UNANSWERED]) this.#values.set(name, fromStore(name));
+  }
 
   /** Whether the conversation may have messages already. */
   get isResumed() {
-    return this.#store.getItem(ID) !== null;
+    return this.#values.get(ID) !== null;
   }
 
   /** The id, which nobody else can guess: whoever knows it may read the conversation. */
   get conversation() {
-    if (!this.isResumed) this.#store.setItem(ID, randomId());
-    return this.#store.getItem(ID);
+    if (!this.isResumed) this.#set(ID, randomId());
+    return this.#values.get(ID);
   }
 
   get unanswered() {
-    return this.#store.getItem(UNANSWERED);
+    return this.#values.get(UNANSWERED);
   }
 
   set unanswered(text) {
-    this.#store.removeItem(UNANSWERED);
-    try {
-      if (text !== null) this.#store.setItem(UNANSWERED, text);
-    } catch {
-      // It is larger than what the browser keeps: a reload will not bring it back.
-    }
+    this.#set(UNANSWERED, text);
   }
 
   /** Begin a new conversation. */
   clear() {
-    this.#store.removeItem(ID);
-    this.#store.removeItem(UNANSWERED);
+    this.#set(ID, null);
+    this.#set(UNANSWERED, null);
+  }
+
+  #set(name, value) {
+    this.#values.set(name, value);
+    try {
+      sessionStorage.removeItem(name);
+      if (value !== null) sessionStorage.setItem(name, value);
+    } catch {
+      // The browser denies it, or it is full: then this lasts until a reload.
+    }
+  }
+}
+
+function fromStore(name) {
+  try {
+    return sessionStorage.getItem(name);
+  } catch {
+    return null;
   }
 }
 
@@ -44,18 +62,4 @@ function randomId() {
   return btoa(String.fromCharCode(...bytes))
     .replaceAll("+", "-")
     .replaceAll("/", "_");
-}
-
-/** Return the tab's storage, or one that lasts until a reload where the browser denies it. */
-function openStore() {
-  try {
-    return window.sessionStorage;
-  } catch {
-    const values = new Map();
-    return {
-      getItem: (name) => values.get(name) ?? null,
-      setItem: (name, value) => values.set(name, value),
-      removeItem: (name) => values.delete(name),
-    };
-  }
 }
