@@ -18,6 +18,7 @@ from websockets.exceptions import InvalidState, PayloadTooBig, SecurityError
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 
+from chat import metrics
 from chat.errors import BodyTooLarge, TooManyConnections
 from chat.framing import error_body
 from chat.middleware import TEXTS
@@ -63,7 +64,8 @@ class Guarded(asyncio.Protocol):
         if places and self.client:  # there is none on a Unix socket
             try:
                 self._place.enter_context(places.taken_by(self.client[0]))
-            except TooManyConnections:
+            except TooManyConnections as error:
+                metrics.CHAT_ERRORS.labels(error.reason).inc()
                 self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,9 +1,11 @@
 """How many connections a client may have."""
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
@@ -73,6 +75,9 @@ def test_a_connection_beyond_the_limit_is_closed_at_once(start_service: StartSer
         wait_until(lambda: has_room(service))
         third.close()
         wait_until(lambda: has_room(service))
+    wait_until(lambda: has_room(service))
+    figures = httpx.get(f"{service.url}/metrics").text
+    assert re.search(r'^chat_errors_total{reason="too_many"} [1-9]', figures, re.MULTILINE)
 
 
 def test_websockets_are_limited_by_the_client_that_a_trusted_proxy_reports(
