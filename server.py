@@ -96,7 +96,7 @@ async def conversation(request: Request) -> Response:
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
-    return MessagesResponse(await service.messages_of(conversation_id))
+    return MessagesResponse(service.reading(conversation_id, client_of(request.scope)))
 
 
 async def page(request: Request) -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -95,18 +95,19 @@ class JSONResponse(Response):
 class MessagesResponse(Response):
     """A conversation, rendered as it is sent: of a large one, no reader has a copy in memory."""
 
-    def __init__(self, messages: Sequence[Message]) -> None:
-        self._messages = messages
+    def __init__(self, reading: AbstractAsyncContextManager[Sequence[Message]]) -> None:
+        self._reading = reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(_start(200, [(b"content-type", b"application/json")]))
-        piece = bytearray(b'{"messages":[')
-        for number, message in enumerate(self._messages):
-            piece += (b"," if number else b"") + msgspec.json.encode(message)
-            if len(piece) > PIECE_BYTES:
-                await send(_body(bytes(piece)))
-                piece.clear()
-        await send(_body(bytes(piece + b"]}"), more_body=False))
+        async with self._reading as messages:
+            await send(_start(200, [(b"content-type", b"application/json")]))
+            piece = bytearray(b'{"messages":[')
+            for number, message in enumerate(messages):
+                piece += (b"," if number else b"") + msgspec.json.encode(message)
+                if len(piece) > PIECE_BYTES:
+                    await send(_body(bytes(piece)))
+                    piece.clear()
+            await send(_body(bytes(piece + b"]}"), more_body=False))
 
 
 class JSONReply(Response):

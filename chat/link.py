@@ -29,6 +29,12 @@ COUNT_BUDGET = 1.0
 """Seconds that a count of keys may take."""
 BATCH = 500
 """Commands that are sent together at most: a larger batch would take its budget by its size."""
+WEIGHTS = {"LRANGE": 50}
+"""For how many commands one stands whose answer may be large."""
+BATCH_GRACE = 1.0
+"""Seconds more that a batch may take: who has waited for it goes on by a timer of its own."""
+LATE = 0.01
+"""Seconds by which a timer may come late; later ones tell that this process was busy, not Redis."""
 
 State = Literal["unknown", "up", "partly", "down"]
 
@@ -62,7 +68,9 @@ class Link:
         if lane is None:
             return None
         question = _Question(commands)
-        timer = asyncio.get_running_loop().call_later(budget, self._give_up, lane, question)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + budget
+        timer = loop.call_at(due, self._give_up, lane, question, due, lane.batches)
         lane.put(question)
         try:
             return await question.answered
@@ -149,9 +157,15 @@ class Link:
                 groups.setdefault(self._client.place_of(command), []).append(command)
         return list(groups.values())
 
-    def _give_up(self, lane: "_Lane", question: "_Question") -> None:
+    def _give_up(self, lane: "_Lane", question: "_Question", due: float, batches: int) -> None:
+        """Do without the answer; where this process was busy, it may be there already."""
+        loop = asyncio.get_running_loop()
+        if loop.time() > due + LATE:
+            loop.call_later(LATE, question.resolve, None)
+            return
         question.resolve(None)
-        self.suspect(lane)
+        if lane.batches == batches:  # else Redis answers, and has much to do
+            self.suspect(lane)
 
     def suspect(self, lane: "_Lane") -> None:
         """Use the lane no more until a probe has found that Redis is there."""
@@ -218,10 +232,17 @@ class _Question:
 
 
 class _Lane:
-    """What waits to be asked at one place with the same patience; one batch is on its way."""
+    """
+    What waits to be asked at one place with the same patience; one batch is on its way.
+
+    Attributes:
+        is_usable: whether anything should be asked.
+        batches: how many batches have been answered.
+    """
 
     def __init__(self, link: Link, client: Client, budget: float) -> None:
         self.is_usable = True
+        self.batches = 0
         self._link = link
         self._client = client
         self._budget = budget
@@ -241,6 +262,8 @@ class _Lane:
     async def _run(self) -> None:
         while await self._has_waiting.wait():
             batch = self._take()
+            if not batch:
+                continue
             commands = [command for question in batch for command in question.commands]
             answers = await self._execute(commands)
             for question in batch:
@@ -251,10 +274,11 @@ class _Lane:
 
     def _take(self) -> list[_Question]:
         """Take what goes into one batch: one question at least, whole ones only."""
-        commands, taken = 0, 0
+        self._waiting = [each for each in self._waiting if not each.answered.done()]
+        weight, taken = 0, 0
         for question in self._waiting:
-            commands += len(question.commands)
-            if taken and commands > BATCH:
+            weight += sum(WEIGHTS.get(str(command[0]), 1) for command in question.commands)
+            if taken and weight > BATCH:
                 break
             taken += 1
         batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
@@ -264,7 +288,7 @@ class _Lane:
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
         try:
-            async with asyncio.timeout(self._budget):
+            async with asyncio.timeout(self._budget + BATCH_GRACE):
                 answers = await self._client.execute(commands)
         except FAULTS:
             self._link.suspect(self)
@@ -273,6 +297,7 @@ class _Lane:
             logger.exception("Redis could not be asked, by a fault of ours")
             self._link.suspect(self)
             return []
+        self.batches += 1
         self._link.note_refusal(answers)
         return answers
 

@@ -35,6 +35,8 @@ MAX_FRAMES = 1000
 """Frames of a WebSocket, pings and pieces of messages, that may come without a whole message."""
 SLICE_BYTES = 4 << 10
 """As much of what comes on a WebSocket is parsed before its frames are counted."""
+MAX_UNREAD_BYTES = 256 << 10
+"""Bytes of pongs that may wait for a caller who does not read them."""
 UNREAD_TIMEOUT = 60.0
 """Seconds that what was sent may stay unread; then the kernel ends the connection, also where
 nothing of the application is left that would notice."""
@@ -237,6 +239,8 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     def handle_ping(self) -> None:
         self._frames += 1
         super().handle_ping()
+        if self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self.transport.abort()
 
     def handle_pong(self, event: Frame) -> None:
         self._frames += 1
@@ -259,6 +263,12 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
         super().resume_writing()
         if not self.read_paused:
             self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if not self.writable.is_set():
+            self.transport.pause_reading()  # uvicorn reads on, whether or not its caller does
+        return message
 
     async def send(self, message: Any) -> None:
         if message["type"] != TEXTS:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -24,8 +25,7 @@ LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 DEFAULT_PORT = 6379
 SAMPLE = 1000
 """Keys that are looked at to count them; Redis serves nobody else meanwhile."""
-TRIES = 20
-"""Keys tried for each node of a cluster to find one that it keeps: more than it ever takes."""
+SLOTS = 16_384
 
 Command = tuple[str | int | bytes, ...]
 
@@ -73,6 +73,7 @@ class ClusterRedis:
 
     def __init__(self, redis: RedisCluster) -> None:
         self._redis = redis
+        self._keys: dict[str, str] = {}
 
     def place_of(self, command: Command) -> str:
         key = command[3 if command[0] == "EVAL" else 1]
@@ -93,12 +94,23 @@ class ClusterRedis:
 
     async def keys(self) -> dict[str, str]:
         await self._redis.initialize()
-        nodes = len(self._redis.get_primaries())
-        found: dict[str, str] = {}
-        for number in range(TRIES * nodes):
+        slots = self._redis.nodes_manager.slots_cache
+        places = {nodes[0].name for nodes in {id(each): each for each in slots.values()}.values()}
+        kept = {key for key in self._keys.values() if key_slot(key.encode()) in slots}
+        found = {self.place_of(("GET", key)): key for key in kept}
+        if found.keys() != places:
+            found = self._find_keys(places)
+        self._keys = found
+        return found
+
+    def _find_keys(self, places: set[str]) -> dict[str, str]:
+        """Find a key for each place; one with a single slot takes about as many tries as slots."""
+        slots, found = self._redis.nodes_manager.slots_cache, dict[str, str]()
+        for number in range(8 * SLOTS):
             key = f"chat:probe:{number}"
-            found.setdefault(self.place_of(("GET", key)), key)
-            if len(found) == nodes:
+            if nodes := slots.get(key_slot(key.encode())):
+                found.setdefault(nodes[0].name, key)
+            if found.keys() == places:
                 break
         return found
 

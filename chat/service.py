@@ -6,8 +6,8 @@ meet.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,7 +79,9 @@ class ChatService:
             self._system_tokens = estimate(self._system[0])
         self._replies: dict[asyncio.Task[None], Reply] = {}
         self._refusal: Callable[[], ChatError] | None = None
-        self._replies_to: Counter[str] = Counter()
+        self._taken = 0
+        self._taken_by: Counter[str] = Counter()
+        """How much is being answered, in all and to each client."""
 
     def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
         """
@@ -89,42 +91,56 @@ class ChatService:
             TooBusy, TooManyReplies: too many run already, of all clients or of this one.
             ChatError: what `refuse` was given.
         """
+        if self._refusal:
+            raise self._refusal()
         client = bucket_of(client)
-        self._check_room(client)
+        self._take_room(client)
         reply = Reply(stream_type, self._settings.model, self._settings.reply_timeout)
         task = asyncio.create_task(self._run(request, reply))
         # Not at once: a task that is cancelled before its first step never gets to end its reply.
         reply.begin(lambda: task.get_loop().call_soon(task.cancel))
         self._replies[task] = reply
-        self._replies_to[client] += 1
-        task.add_done_callback(partial(self._make_room, client))
+        task.add_done_callback(partial(self._ended, client))
         return reply
 
-    def _check_room(self, client: str) -> None:
+    def _take_room(self, client: str) -> None:
         limit = self._settings.max_concurrent_per_client
-        if self._refusal:
-            raise self._refusal()
-        if len(self._replies) >= self._settings.max_concurrent:
+        if self._taken >= self._settings.max_concurrent:
             raise TooBusy
-        if limit and self._replies_to[client] >= limit:
+        if limit and self._taken_by[client] >= limit:
             raise TooManyReplies(limit)
+        self._taken += 1
+        self._taken_by[client] += 1
 
-    def _make_room(self, client: str, task: asyncio.Task[None]) -> None:
+    def _ended(self, client: str, task: asyncio.Task[None]) -> None:
         del self._replies[task]
-        self._replies_to[client] -= 1
-        if not self._replies_to[client]:
-            del self._replies_to[client]
+        self._make_room(client)
 
-    async def messages_of(self, conversation: str) -> list[Message]:
+    def _make_room(self, client: str) -> None:
+        self._taken -= 1
+        self._taken_by[client] -= 1
+        if not self._taken_by[client]:
+            del self._taken_by[client]
+
+    @asynccontextmanager
+    async def reading(self, conversation: str, client: str) -> AsyncIterator[list[Message]]:
         """
-        Return the messages of a caller's conversation.
+        Give the messages of a caller's conversation; to read them takes the room of a reply, since
+        they may be as many bytes.
 
         Raises:
             ConversationNotFound: nothing is stored under that id.
+            TooBusy, TooManyReplies: too many run already, of all clients or of this one.
         """
-        if exchanges := await self._history.read(conversation):
-            return flatten(exchanges)
-        raise ConversationNotFound
+        client = bucket_of(client)
+        self._take_room(client)
+        try:
+            if exchanges := await self._history.read(conversation):
+                yield flatten(exchanges)
+            else:
+                raise ConversationNotFound
+        finally:
+            self._make_room(client)
 
     async def forget(self, conversation: str) -> None:
         """Forget a caller's conversation, whether or not there is one."""

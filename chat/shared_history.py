@@ -158,7 +158,7 @@ class SharedHistory:
             HistoryUnavailable: it does not within the budget.
         """
         try:
-            async with asyncio.timeout(BUDGET):
+            async with asyncio.timeout(BUDGET + FIRST_PAUSE):
                 if late := self._late.get(key):
                     await asyncio.wait([late])
                 return await self._ask(lambda: commands)

@@ -51,8 +51,10 @@ async def held_back(drain: Callable[[], Awaitable[None]]) -> AsyncIterator[None]
             os._exit(FORCED)
 
     async def end(number: int) -> None:
-        await drain()
-        _let_end(originals[signal.Signals(number)], number)
+        try:
+            await drain()
+        finally:
+            _let_end(originals[signal.Signals(number)], number)
 
     async with asyncio.TaskGroup() as tasks:
         for number in SIGNALS:

@@ -90,7 +90,7 @@ class ChatSocket:
 
     def _look_up(self) -> None:
         """Stop waiting for a message, to see whether there is another reason to go on."""
-        if self._is_draining and self._clock:
+        if self._is_draining and self._clock and not self._clock.expired():
             self._clock.reschedule(asyncio.get_running_loop().time())
 
     async def _serve(self) -> None:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -417,9 +417,12 @@ class RedisServer:
 
 
 class RedisCluster:
-    """A real Redis Cluster: three servers, each with a third of the slots."""
+    """A real Redis Cluster: three servers, each with a third of the slots, or with its own."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, slots: Sequence[tuple[int, int]] = ((0, 5462), (5462, 10_924), (10_924, 16_384))
+    ) -> None:
+        self._slots = [range(*each) for each in slots]
         self.servers = [RedisServer("--cluster-enabled", "yes") for _ in range(3)]
 
     @property
@@ -429,7 +432,9 @@ class RedisCluster:
     def server_of(self, conversation: str) -> RedisServer:
         """Return the server that keeps a conversation."""
         slot = key_slot(f"chat:history:{sha256(conversation.encode()).hexdigest()}".encode())
-        return self.servers[slot // self._share]
+        return next(
+            server for server, slots in zip(self.servers, self._slots, strict=True) if slot in slots
+        )
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -442,17 +447,11 @@ class RedisCluster:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    @property
-    def _share(self) -> int:
-        return -(-16_384 // len(self.servers))
-
     def _join(self) -> None:
-        share = self._share
         with ExitStack() as stack:
             clients = [stack.enter_context(each.client()) for each in self.servers]
             for number, client in enumerate(clients):
-                slots = range(number * share, min((number + 1) * share, 16_384))
-                client.execute_command("CLUSTER ADDSLOTS", *slots)
+                client.execute_command("CLUSTER ADDSLOTS", *self._slots[number])
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
                 client.execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
             wait_until(lambda: all(map(_is_whole, clients)))

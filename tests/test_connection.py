@@ -178,6 +178,21 @@ def test_a_caller_who_reads_slowly_holds_back_groq_and_nobody_else(
         assert service.metric("chat_replies_active", stream_type=transport) == 1
 
 
+def test_who_reads_a_conversation_takes_the_room_of_a_reply(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(
+        MAX_CONCURRENT_PER_CLIENT=1, MAX_BODY_BYTES=20 << 20, CONTEXT_TOKENS=100_000_000
+    )
+    service.reply("x" * (12 << 20), conversation)
+    with connected(service) as connection:
+        path = f"/conversations/{conversation}"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: service.http.get(path).status_code == 429)
+        assert service.chat("hello").status_code == 429
+    wait_until(lambda: service.chat("hello").status_code == 200)
+
+
 def test_a_large_conversation_that_nobody_reads_is_cut_too(
     start_service: StartService, groq: FakeGroq, conversation: str
 ) -> None:
@@ -319,15 +334,19 @@ def test_frames_without_a_message_are_cut(service: Service, frame: bytes) -> Non
         everything_from(connection)
 
 
-def test_pings_of_a_caller_who_reads_nothing_take_no_memory(service: Service) -> None:
+@pytest.mark.parametrize("count", [100, 950])
+@pytest.mark.parametrize("words", [b"{}", b'{"cancel":true}'])
+def test_pings_of_a_caller_who_reads_nothing_take_no_memory(
+    service: Service, words: bytes, count: int
+) -> None:
     process = psutil.Process(service.process.pid)
     before = process.memory_info().rss
     ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
-    message = b"\x81\x82\0\0\0\0{}"
+    message = b"\x81" + bytes([0x80 | len(words)]) + b"\0\0\0\0" + words
     with connected(service) as connection, suppress(ConnectionError, TimeoutError):
         upgrade(connection)
         connection.settimeout(1)
         for _ in range(10_000):
-            connection.sendall(ping * 100 + message)
+            connection.sendall(ping * count + message)
         pytest.fail("131 MB of pings were taken")
     assert process.memory_info().rss - before < WARM_UP_BYTES

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
+from redis.crc import key_slot
 
 from chat.link import Link, open_link
 from tests.conftest import StartService
@@ -166,6 +167,22 @@ def test_once_a_question_took_too_long_none_is_asked_until_redis_answers_again(
     asyncio.run(scenario())
 
 
+def test_an_answer_that_is_there_is_not_missed_by_a_process_that_was_busy(
+    redis_server: RedisServer,
+) -> None:
+    async def scenario() -> None:
+        async with open_link(redis_server.address, "") as link:
+            assert await link.ask([("SET", "a", "1")]) == [True]
+            asked = asyncio.create_task(link.ask([("GET", "a")]))
+            for _ in range(10):
+                await asyncio.sleep(0)  # it is sent
+            time.sleep(0.2)  # noqa: ASYNC251  (the event loop is held up)
+            assert await asked == [b"1"]
+            assert await link.ask([("GET", "a")]) == [b"1"]
+
+    asyncio.run(scenario())
+
+
 def test_more_patient_questions_have_a_lane_of_their_own(redis_server: RedisServer) -> None:
     async def scenario() -> None:
         async with open_link(redis_server.address, "") as link:
@@ -219,6 +236,18 @@ def test_a_node_of_a_cluster_that_hangs_is_alone(
         cluster.servers[1].resume()
         wait_until(lambda: redis_state(service) == "up")
         assert {service.chat("hello", name).status_code for name in names} == {200}
+
+
+def test_a_node_of_a_cluster_with_few_slots_is_used_too() -> None:
+    async def scenario(cluster: RedisCluster) -> None:
+        async with open_link(cluster.url, "") as link:
+            await link.probe()
+            names = [f"key {number}" for number in range(10_000)]
+            (last,) = [key for key in names if key_slot(key.encode()) == 16_383][:1]
+            assert await link.ask([("SET", last, "1")]) == [True]
+
+    with RedisCluster([(0, 8000), (8000, 16_382), (16_382, 16_384)]) as cluster:
+        asyncio.run(scenario(cluster))
 
 
 def redis_state(service: Service) -> str:
