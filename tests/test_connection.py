@@ -188,7 +188,8 @@ def test_who_reads_a_conversation_takes_the_room_of_a_reply(
     with connected(service) as connection:
         path = f"/conversations/{conversation}"
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        wait_until(lambda: service.http.get(path).status_code == 429)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        assert service.http.get(path).status_code == 429
         assert service.chat("hello").status_code == 429
     wait_until(lambda: service.chat("hello").status_code == 200)
 
