@@ -1,5 +1,6 @@
 """The chat page in a real browser, Debian's Chromium, in front of the stand-in for Groq."""
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -413,6 +414,56 @@ def test_a_connection_closed_for_idleness_comes_back_with_the_next_message(
         expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
         chat.ask("after")
         assert groq.requests[-1].contents == ["before", "You said: before", "after"]
+
+
+def test_a_question_that_crosses_the_close_for_idleness_is_asked_again(
+    browser: Browser, groq: FakeGroq
+) -> None:
+    with (
+        Service(GROQ_BASE_URL=groq.url, IDLE_TIMEOUT=2) as service,
+        open_chat(browser, service) as chat,
+    ):
+        on_its_way = never_deliver_the_first(chat)
+        chat.say("hello")
+        expect(chat.replies.last).to_have_text("You said: hello", timeout=10_000)
+        assert on_its_way == ["hello"]
+
+
+def test_a_question_that_crosses_the_end_of_a_replica_is_asked_again(
+    browser: Browser, groq: FakeGroq
+) -> None:
+    with (
+        Service(GROQ_BASE_URL=groq.url) as service,
+        open_chat(browser, service) as chat,
+    ):
+        on_its_way = never_deliver_the_first(chat)
+        chat.say("hello")
+        # the route's handler is called while the page is spoken to
+        wait_until(lambda: chat.page.evaluate("true") and on_its_way == ["hello"])
+        service.process.end()
+        expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
+        service.start()
+        expect(chat.replies.last).to_have_text("You said: hello", timeout=15_000)
+
+
+def never_deliver_the_first(chat: Chat) -> list[str]:
+    """Load the page again over a network that never delivers the first thing that it says."""
+    on_its_way: list[str] = []
+
+    def connect(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+
+        def carry(message: str | bytes) -> None:
+            if on_its_way:
+                server.send(message)
+            else:
+                on_its_way.append(json.loads(message)["messages"][-1]["content"])
+
+        socket.on_message(carry)
+
+    chat.page.route_web_socket("**/chat", connect)
+    chat.page.reload()
+    return on_its_way
 
 
 def test_a_page_whose_origin_is_not_allowed_says_so(browser: Browser, groq: FakeGroq) -> None:

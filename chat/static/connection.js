@@ -3,6 +3,7 @@
 /** Close codes, as the service uses them. */
 const IDLE = 1001;
 const NOT_ALLOWED = 1008;
+const RESTARTING = 1012;
 const TOO_BUSY = 1013;
 
 const FIRST_WAIT = 500;
@@ -13,6 +14,8 @@ const STABLE = 1_000;
 const DELIVERY = 10_000;
 /** Milliseconds that the service has to end a reply that was stopped. */
 const STOPPING = 5_000;
+/** Milliseconds in which a close follows the error that announces it. */
+const LAST_WORDS = 250;
 
 const UNREACHABLE = "The service cannot be reached.";
 const LOST = "The connection was lost.";
@@ -94,6 +97,7 @@ export class Connection {
     const asked = this.#asked;
     if (!asked || asked.isStopped) return;
     if (!asked.isSent) return this.#end().onDone(true);
+    if (asked.error) return this.#fail(asked.error);
     asked.isStopped = true;
     this.#socket.send(JSON.stringify({ cancel: true }));
     this.#awaitStop();
@@ -136,15 +140,23 @@ export class Connection {
 
   #hear(data) {
     const message = JSON.parse(data);
-    if (!this.#asked?.isSent) {
-      this.#lastWords = message.error ?? UNREACHABLE; // a close is about to follow
-      return;
-    }
+    if ("error" in message) return this.#hearError(message.error);
+    if (!this.#asked?.isSent) return;
     this.#asked.isAnswered = true;
     if (this.#asked.isStopped) this.#awaitStop(); // what was on its way still comes
     if ("token" in message) this.#asked.onToken(message.token);
-    else if ("error" in message) this.#fail(message.error);
     else this.#end().onDone("cancelled" in message);
+  }
+
+  /** It may answer the question, or announce a close that crosses it: what follows will tell. */
+  #hearError(message) {
+    this.#lastWords = message;
+    const asked = this.#asked;
+    if (!asked?.isSent) return;
+    if (asked.isAnswered) return this.#fail(message);
+    asked.error = message;
+    clearTimeout(asked.deadline);
+    asked.deadline = setTimeout(() => this.#fail(message), LAST_WORDS);
   }
 
   #lose(code) {
@@ -152,7 +164,7 @@ export class Connection {
     this.#failures = Date.now() - this.#openedAt > STABLE ? 0 : this.#failures + 1;
     if (code === TOO_BUSY) this.#failures = Math.max(this.#failures, 4);
     if (code === NOT_ALLOWED) return this.#giveUp();
-    this.#takeBack();
+    this.#takeBack(code);
     if (code === IDLE && !this.#asked) return this.#onChange("resting");
     this.#onChange("lost");
     this.#reconnect();
@@ -172,14 +184,18 @@ export class Connection {
   }
 
   /** See to the question that a lost connection leaves behind. */
-  #takeBack() {
-    if (!this.#asked?.isSent) return;
+  #takeBack(code) {
+    const asked = this.#asked;
+    if (!asked?.isSent) return;
     // Nothing was heard of it, so that it is asked once more: a connection may have been dead long
     // before that showed. The service keeps nothing of a question whose caller has gone.
-    const { isAnswered, isStopped, attempts } = this.#asked;
-    if (isAnswered || isStopped || attempts > 1) return this.#fail(LOST);
-    this.#asked.isSent = false;
-    this.#asked.deadline = setTimeout(() => this.#fail(UNREACHABLE), DELIVERY);
+    const { isAnswered, isStopped, attempts, error } = asked;
+    const isUnread = !error || code === IDLE || code === RESTARTING;
+    if (isAnswered || isStopped || attempts > 1 || !isUnread) return this.#fail(error ?? LOST);
+    asked.isSent = false;
+    asked.error = null;
+    clearTimeout(asked.deadline);
+    asked.deadline = setTimeout(() => this.#fail(UNREACHABLE), DELIVERY);
   }
 
   #reconnect() {
