@@ -5,7 +5,7 @@ None of this has a limit of time: who calls sets one with `asyncio.timeout`. red
 since on Python 3.11 it can swallow the cancellation of ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -76,11 +76,10 @@ class ClusterRedis:
         self._keys: dict[str, str] = {}
 
     def place_of(self, command: Command) -> str:
-        key = command[3 if command[0] == "EVAL" else 1]
-        node = self._redis.get_node_from_key(str(key))
-        if node is None:
-            raise RedisClusterException("no node is known yet")
-        return str(node.name)
+        place = self._place_of_key(str(command[3 if command[0] == "EVAL" else 1]))
+        if place is None:
+            raise RedisClusterException("no node is known for this key")
+        return place
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         pipeline = self._redis.pipeline()
@@ -96,23 +95,25 @@ class ClusterRedis:
         await self._redis.initialize()
         slots = self._redis.nodes_manager.slots_cache
         places = {nodes[0].name for nodes in {id(each): each for each in slots.values()}.values()}
-        kept = {key for key in self._keys.values() if key_slot(key.encode()) in slots}
-        found = {self.place_of(("GET", key)): key for key in kept}
+        found = self._find_keys(places, self._keys.values())
         if found.keys() != places:
-            found = self._find_keys(places)
+            found = self._find_keys(places, map("chat:probe:{}".format, range(8 * SLOTS)))
         self._keys = found
         return found
 
-    def _find_keys(self, places: set[str]) -> dict[str, str]:
+    def _find_keys(self, places: set[str], keys: Iterable[str]) -> dict[str, str]:
         """Find a key for each place; one with a single slot takes about as many tries as slots."""
-        slots, found = self._redis.nodes_manager.slots_cache, dict[str, str]()
-        for number in range(8 * SLOTS):
-            key = f"chat:probe:{number}"
-            if nodes := slots.get(key_slot(key.encode())):
-                found.setdefault(nodes[0].name, key)
+        found = dict[str, str]()
+        for key in keys:
+            if place := self._place_of_key(key):
+                found.setdefault(place, key)
             if found.keys() == places:
                 break
         return found
+
+    def _place_of_key(self, key: str) -> str | None:
+        nodes = self._redis.nodes_manager.slots_cache.get(key_slot(key.encode()))
+        return str(nodes[0].name) if nodes else None
 
     async def look_around(self, lost: str) -> None:
         await self._redis.nodes_manager.initialize(last_failed_node_name=lost)
