@@ -32,7 +32,7 @@ from uvicorn.config import STARTUP_FAILURE
 from chat import logs, metrics, signals, workers
 from chat.config import Settings, SettingsError, load_settings
 from chat.drain import Drain
-from chat.errors import ChatError
+from chat.errors import ChatError, TooManyConnections
 from chat.groq import open_groq
 from chat.history import History, MemoryHistory
 from chat.http import (
@@ -196,7 +196,7 @@ def open_history(settings: Settings, link: Link | None) -> History:
 
 
 def places_for(settings: Settings) -> Places:
-    return Places(settings.max_connections_per_client, settings.trusted_proxies)
+    return Places(settings.max_connections_per_client, TooManyConnections, settings.trusted_proxies)
 
 
 def listen_for_metrics(settings: Settings) -> socket.socket:

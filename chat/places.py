@@ -1,12 +1,12 @@
-"""How many connections each client has, within a limit."""
+"""How much each client has at once of what is limited: connections, or replies."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from chat.addresses import bucket_of, is_trusted
 from chat.config import Network
-from chat.errors import TooManyConnections
+from chat.errors import ChatError
 
 PLACES = "chat.places"
 """The name of the places for connections in the lifespan's state, which uvicorn hands down to its
@@ -19,13 +19,21 @@ class Places:
 
     Args:
         limit: for each client; 0: none.
+        error: made with the limit, for a client that has taken all of its own.
         proxies: who may take any number, since many clients come through them.
+
+    Attributes:
+        taken: how many are taken, by all clients.
     """
 
-    def __init__(self, limit: int, proxies: Sequence[Network]) -> None:
+    def __init__(
+        self, limit: int, error: Callable[[int], ChatError], proxies: Sequence[Network] = ()
+    ) -> None:
+        self.taken = 0
         self._limit = limit
+        self._error = error
         self._proxies = proxies
-        self._taken = Counter[str]()
+        self._taken_by = Counter[str]()
 
     @contextmanager
     def taken_by(self, client: str) -> Iterator[None]:
@@ -33,18 +41,18 @@ class Places:
         Take one for as long as the context lasts.
 
         Raises:
-            TooManyConnections: the client has taken all of its own.
+            ChatError: the client has taken all of its own.
         """
-        if not self._limit or is_trusted(client, self._proxies):
-            yield
-            return
         bucket = bucket_of(client)
-        if self._taken[bucket] >= self._limit:
-            raise TooManyConnections(self._limit)
-        self._taken[bucket] += 1
+        is_limited = self._limit and not is_trusted(client, self._proxies)
+        if is_limited and self._taken_by[bucket] >= self._limit:
+            raise self._error(self._limit)
+        self.taken += 1
+        self._taken_by[bucket] += 1
         try:
             yield
         finally:
-            self._taken[bucket] -= 1
-            if not self._taken[bucket]:
-                del self._taken[bucket]
+            self.taken -= 1
+            self._taken_by[bucket] -= 1
+            if not self._taken_by[bucket]:
+                del self._taken_by[bucket]

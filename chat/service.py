@@ -5,14 +5,11 @@ meet.
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from chat import metrics
-from chat.addresses import bucket_of
 from chat.config import Settings
 from chat.context import fit, newest, without_overlap
 from chat.errors import (
@@ -27,6 +24,7 @@ from chat.errors import (
 )
 from chat.history import SHARED, Exchange, History, flatten
 from chat.messages import MAX_MESSAGES, ChatRequest, Message, Usage
+from chat.places import Places
 from chat.reply import Outcome, Reply, StreamType
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens
 from chat.upstream import Upstream
@@ -79,9 +77,7 @@ class ChatService:
             self._system_tokens = estimate(self._system[0])
         self._replies: dict[asyncio.Task[None], Reply] = {}
         self._refusal: Callable[[], ChatError] | None = None
-        self._taken = 0
-        self._taken_by: Counter[str] = Counter()
-        """How much is being answered, in all and to each client."""
+        self._places = Places(settings.max_concurrent_per_client, TooManyReplies)
 
     def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
         """
@@ -93,34 +89,23 @@ class ChatService:
         """
         if self._refusal:
             raise self._refusal()
-        client = bucket_of(client)
-        self._take_room(client)
+        room = ExitStack()
+        room.enter_context(self._room(client))
         reply = Reply(stream_type, self._settings.model, self._settings.reply_timeout)
         task = asyncio.create_task(self._run(request, reply))
         # Not at once: a task that is cancelled before its first step never gets to end its reply.
         reply.begin(lambda: task.get_loop().call_soon(task.cancel))
         self._replies[task] = reply
-        task.add_done_callback(partial(self._ended, client))
+        room.callback(self._replies.pop, task)
+        task.add_done_callback(lambda _: room.close())
         return reply
 
-    def _take_room(self, client: str) -> None:
-        limit = self._settings.max_concurrent_per_client
-        if self._taken >= self._settings.max_concurrent:
+    @contextmanager
+    def _room(self, client: str) -> Iterator[None]:
+        if self._places.taken >= self._settings.max_concurrent:
             raise TooBusy
-        if limit and self._taken_by[client] >= limit:
-            raise TooManyReplies(limit)
-        self._taken += 1
-        self._taken_by[client] += 1
-
-    def _ended(self, client: str, task: asyncio.Task[None]) -> None:
-        del self._replies[task]
-        self._make_room(client)
-
-    def _make_room(self, client: str) -> None:
-        self._taken -= 1
-        self._taken_by[client] -= 1
-        if not self._taken_by[client]:
-            del self._taken_by[client]
+        with self._places.taken_by(client):
+            yield
 
     @asynccontextmanager
     async def reading(self, conversation: str, client: str) -> AsyncIterator[list[Message]]:
@@ -132,15 +117,11 @@ class ChatService:
             ConversationNotFound: nothing is stored under that id.
             TooBusy, TooManyReplies: too many run already, of all clients or of this one.
         """
-        client = bucket_of(client)
-        self._take_room(client)
-        try:
-            if exchanges := await self._history.read(conversation):
-                yield flatten(exchanges)
-            else:
+        with self._room(client):
+            exchanges = await self._history.read(conversation)
+            if not exchanges:
                 raise ConversationNotFound
-        finally:
-            self._make_room(client)
+            yield flatten(exchanges)
 
     async def forget(self, conversation: str) -> None:
         """Forget a caller's conversation, whether or not there is one."""

@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 
 from chat.config import load_settings
 from chat.drain import Drain
+from chat.errors import TooManyConnections
 from chat.messages import SocketRequest
 from chat.middleware import RequestMiddleware
 from chat.places import Places
@@ -46,7 +47,9 @@ def fail_to_reply(request: SocketRequest) -> Reply:
 
 async def fail_on_socket(websocket: WebSocket) -> None:
     drain = Drain(cast(ChatService, None), delay=0, timeout=0)
-    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve(Places(0, ()))
+    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve(
+        Places(0, TooManyConnections)
+    )
 
 
 @pytest.fixture

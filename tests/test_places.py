@@ -19,7 +19,7 @@ from tests.test_connection import upgrade
 
 
 def test_a_place_is_a_clients_own_and_free_again_when_it_is_left() -> None:
-    places = Places(1, ())
+    places = Places(1, TooManyConnections)
     for _ in range(2):
         with places.taken_by("198.51.100.7"), places.taken_by("198.51.100.8"):
             pass
@@ -27,7 +27,7 @@ def test_a_place_is_a_clients_own_and_free_again_when_it_is_left() -> None:
 
 @pytest.mark.parametrize("other", ["2001:db8::2", "2001:db8::ffff:1"])
 def test_an_ipv6_client_is_its_network(other: str) -> None:
-    places = Places(1, ())
+    places = Places(1, TooManyConnections)
     with (
         places.taken_by("2001:db8::1"),
         pytest.raises(TooManyConnections, match="may have 1;"),
@@ -37,7 +37,7 @@ def test_an_ipv6_client_is_its_network(other: str) -> None:
 
 
 def test_a_proxy_has_as_many_as_it_needs() -> None:
-    places = Places(1, networks("10.0.0.0/8"))
+    places = Places(1, TooManyConnections, networks("10.0.0.0/8"))
     with ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(places.taken_by("10.0.0.1"))
