@@ -3,12 +3,12 @@
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import Browser, Locator, Page, WebSocket, WebSocketRoute, expect
+from playwright.sync_api import Browser, Locator, Page, Route, WebSocket, WebSocketRoute, expect
 
 from tests.browser import HOSTILE, RICH, Chat, browser, closing_context, needs_browser, open_chat
 from tests.fake_groq import FakeGroq, Script
@@ -402,6 +402,25 @@ def test_a_service_that_stays_away_is_an_error(browser: Browser, groq: FakeGroq)
         expect(chat.replies.last).to_have_text("You said: hello")
 
 
+def test_a_question_is_not_left_waiting_by_a_service_that_was_away_for_long(
+    browser: Browser, groq: FakeGroq
+) -> None:
+    with (
+        Service(GROQ_BASE_URL=groq.url) as service,
+        open_chat(browser, service) as chat,
+    ):
+        chat.page.clock.install()
+        chat.page.reload()
+        chat.ask("before")
+        service.process.end()
+        for _ in range(8):
+            with chat.page.expect_websocket():
+                chat.page.clock.fast_forward("00:20")
+        chat.say("hello")
+        service.start()
+        expect(chat.replies.last).to_have_text("You said: hello", timeout=10_000)
+
+
 def test_a_connection_closed_for_idleness_comes_back_with_the_next_message(
     browser: Browser, groq: FakeGroq
 ) -> None:
@@ -536,6 +555,59 @@ def test_messages_that_cannot_be_loaded_can_be_tried_again(chat: Chat) -> None:
     chat.again.click()
     expect(chat.replies).to_have_text("You said: hello")
     expect(chat.page.get_by_text("The earlier messages could not be loaded.")).to_be_hidden()
+
+
+def test_messages_that_come_late_do_not_enter_another_conversation(chat: Chat) -> None:
+    chat.ask("old words")
+    loading = held_loading(chat, chat.page.reload)
+    chat.page.get_by_role("button", name="New conversation").click()
+    with chat.page.expect_response("**/conversations/*"):
+        loading.continue_()
+    chat.ask("new words")
+    expect(chat.questions).to_have_text(["new words"])
+    expect(chat.replies).to_have_text(["You said: new words"])
+
+
+def test_a_failed_message_waits_until_the_earlier_ones_are_loaded(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    groq.on("fails", Script(status=400))
+    chat.ask("before")
+    chat.say("fails")
+    expect(chat.again).to_be_visible()
+    chat.page.route("**/conversations/*", lambda route: route.fulfill(status=503))
+    chat.page.reload()
+    expect(chat.again).to_have_count(2)
+    chat.page.unroute("**/conversations/*")
+    loading = held_loading(chat, chat.again.first.click)
+    expect(chat.again).to_have_count(0)
+    loading.continue_()
+    expect(chat.questions).to_have_text(["before", "fails"])
+    chat.again.click()
+    expect(chat.log.locator("[data-state=failed]")).to_have_count(1)
+    expect(chat.page.locator("body[data-state=idle]")).to_be_visible()
+
+
+def held_loading(chat: Chat, load: Callable[[], object]) -> Route:
+    """Have the page ask for the earlier messages; give the request, which nothing answers yet."""
+    held: list[Route] = []
+    chat.page.route("**/conversations/*", lambda route: held.append(route), times=1)  # noqa: PLW0108
+    load()
+    # the route's handler is called while the page is spoken to
+    wait_until(lambda: chat.page.evaluate("true") and held != [])
+    return held[0]
+
+
+def test_a_service_that_hangs_does_not_keep_the_page_from_being_used(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    chat.ask("before")
+    chat.page.route("**/conversations/*", lambda route: None)  # it is never answered
+    chat.page.reload()
+    warning = chat.page.get_by_text("The earlier messages could not be loaded.")
+    expect(warning).to_be_visible(timeout=20_000)
+    chat.ask("after")
+    assert groq.requests[-1].contents == ["before", "You said: before", "after"]
 
 
 @pytest.mark.parametrize("has_clipboard", [True, False])

@@ -52,11 +52,13 @@ def shape(page: Page, text: str) -> str:
         ("~~gone~~ ~5 ~6", "<p><del>gone</del> ~5 ~6</p>"),
         ("**Note:**text", "<p><strong>Note:</strong>text</p>"),
         ("**open *one", "<p>**open *one</p>"),
+        ("**a*b** **2*3=6**", "<p><strong>a*b</strong> <strong>2*3=6</strong></p>"),
         ("*a **b*", "<p><em>a **b</em></p>"),
         (r"\*no\* \`no\` \a \(x\) \[y\]", r"<p>*no* `no` \a \(x\) \[y\]</p>"),
         ("`a *b*` ``c ` d`` `open", "<p><code>a *b*</code> <code>c ` d</code> `open</p>"),
         ("- a\n- b\n  - c\n\n  more\n- d", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li>"
          "</ul><p>more</p></li><li><p>d</p></li></ul>"),
+        ("- [ ] a\n- [x] b", "<ul><li><p>☐ a</p></li><li><p>☑ b</p></li></ul>"),
         ("1. a\n2. b\n\ntext", "<ol><li><p>a</p></li><li><p>b</p></li></ol><p>text</p>"),
         ("1. a\n   ```\n   x\n     y\n   ```\n2. b", "<ol><li><p>a</p><div><div><span>text</span>"
          "<button>Copy</button></div><pre><code>x\n  y</code></pre></div></li><li><p>b</p></li>"
@@ -72,6 +74,8 @@ def shape(page: Page, text: str) -> str:
         ("| a | b |\n|---|:-:|\n| `x` | y \\| z<br>w |\n| only |", "<div><table><thead><tr>"
          "<th>a</th><th>b</th></tr></thead><tbody><tr><td><code>x</code></td><td>y | z<br>w</td>"
          "</tr><tr><td>only</td><td></td></tr></tbody></table></div>"),
+        ("| a | b | c |\n|-|-|-|\n| x |", "<div><table><thead><tr><th>a</th><th>b</th><th>c</th>"
+         "</tr></thead><tbody><tr><td>x</td><td></td></tr></tbody></table></div>"),
         ("a | b\nno table", "<p>a | b<br>no table</p>"),
         ("```python\nif a:\n\tb\n\n", "<div><div><span>python</span><button>Copy</button></div>"
          "<pre><code><span>if</span> a:\n\tb\n\n</code></pre></div>"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartService
+from tests.demo import REPLIES
 from tests.servers import ROOT, Service
 
 STATIC = ROOT / "chat" / "static"
@@ -95,6 +96,17 @@ def test_no_text_becomes_html_or_code(name: str) -> None:
     text = (STATIC / name).read_text()
     sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
     assert re.findall(rf"{sinks}|\son\w+=|\sstyle=|javascript:", text) == []
+
+
+def test_each_script_is_fetched_at_once() -> None:
+    page = (STATIC / "index.html").read_text()
+    preloaded = re.findall(r'rel="modulepreload" href="static/([^"]+)"', page)
+    assert sorted([*preloaded, "page.js"]) == [name for name in FILES if name.endswith(".js")]
+
+
+def test_the_demo_has_replies_to_the_examples() -> None:
+    page = (STATIC / "index.html").read_text()
+    assert re.findall(r'class="example">([^<]+)<', page) == list(REPLIES)
 
 
 def test_the_page_is_small() -> None:

@@ -8,6 +8,8 @@ const TOO_BUSY = 1013;
 
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 20_000;
+/** The same while a question waits. */
+const LONGEST_WAIT_ASKED = 2_000;
 /** Milliseconds after which a connection that breaks is not counted as one more failed attempt. */
 const STABLE = 1_000;
 /** Milliseconds that a question waits for a connection. */
@@ -203,7 +205,8 @@ export class Connection {
       this.#retry = "visible";
       return;
     }
-    const wait = Math.min(LONGEST_WAIT, FIRST_WAIT * 2 ** this.#failures);
+    const longest = this.#asked ? LONGEST_WAIT_ASKED : LONGEST_WAIT;
+    const wait = Math.min(longest, FIRST_WAIT * 2 ** this.#failures);
     this.#retry = setTimeout(() => this.#connect(), wait * (0.5 + Math.random() / 2));
   }
 

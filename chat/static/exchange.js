@@ -79,7 +79,7 @@ export class Exchange {
     this.#part(".waiting").hidden = state !== "waiting";
     this.#part(".stopped").hidden = state !== "stopped";
     this.#part(".failure").hidden = state !== "failed";
-    this.#part(".actions").hidden = !this.isStored || !this.reply;
+    this.#part(".actions").hidden = !this.reply || ["waiting", "streaming"].includes(state);
   }
 
   #part(selector) {

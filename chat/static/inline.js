@@ -162,12 +162,12 @@ class InlineReader {
     this.#at += run.length;
     let left = run.length;
     while (canClose && left > 0) {
-      const used = this.#close(mark, left);
+      const used = this.#close(mark, left, canOpen);
       if (used === 0) break;
       left -= used;
     }
     if (left > 0 && canOpen && this.#depth + left <= MAX_DEPTH) {
-      this.#frames.push({ mark, length: left, children: [] });
+      this.#frames.push({ mark, length: left, children: [], canClose });
     } else {
       this.#say(mark.repeat(left));
     }
@@ -192,8 +192,8 @@ class InlineReader {
   }
 
   /** Close the nearest emphasis with this mark; return how many of the delimiters it took. */
-  #close(mark, length) {
-    const opener = this.#openerOf(mark, length);
+  #close(mark, length, canOpen) {
+    const opener = this.#openerOf(mark, length, canOpen);
     if (opener === -1) return 0;
     while (this.#frames.length > opener + 1) this.#endFrame(false);
     const used = Math.min(2, length, this.#frames[opener].length);
@@ -202,10 +202,16 @@ class InlineReader {
   }
 
   /** Return the nearest that is as long as its end, else the nearest. */
-  #openerOf(mark, length) {
+  #openerOf(mark, length, canOpen) {
     const isSame = (frame) => frame.mark === mark && frame.length === length;
     const same = this.#frames.findLastIndex(isSame);
-    return same === -1 ? this.#frames.findLastIndex((frame) => frame.mark === mark) : same;
+    if (same !== -1) return same;
+    // CommonMark's rule of three: of **a*b**, the single one is no end of the first.
+    return this.#frames.findLastIndex(
+      (frame) =>
+        frame.mark === mark &&
+        !((frame.canClose || canOpen) && (frame.length + length) % 3 === 0),
+    );
   }
 
   /** Make an emphasis of the innermost frame, with so many of its delimiters. */

@@ -15,6 +15,7 @@ const FENCE = /^\s*(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:\s|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const MARKER = /^(\s*)([-*+]|\d{1,9}[.)])(?=\s|$)/;
+const TASK = /^\[([ xX])\](?=\s)/;
 const ALIGNMENT = /^:?-+:?$/;
 
 /** What each container shows: its blocks, each with its source and its element. */
@@ -225,11 +226,14 @@ function tableOf(head, sides, lines) {
 }
 
 function tableRow(name, sides, line) {
-  const cells = cellsOf(line);
+  const cells = cellsOf(line).slice(0, sides.length);
+  const missing = sides.length - cells.length;
   return element(
     "tr",
     {},
-    sides.map((side, index) => tableCell(name, side, cells[index] ?? "")),
+    cells.map((text, index) => tableCell(name, sides[index], text)),
+    // One for all: a cell for each would let a short text make millions of elements.
+    missing > 0 ? [element(name, { colspan: String(missing) })] : [],
   );
 }
 
@@ -268,7 +272,7 @@ function readList(lines, at, depth) {
     end = endOfItem(lines, begin, marker);
     const [head, ...rest] = lines.slice(begin, end);
     items.push([
-      head.slice(marker.width),
+      head.slice(marker.width).replace(TASK, (_, mark) => (mark === " " ? "☐" : "☑")),
       ...rest.map((line) => withoutIndent(line, marker.width)),
     ]);
   }

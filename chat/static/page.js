@@ -13,6 +13,8 @@ const RETOLD_CHARACTERS = 50_000;
 const SPOKEN_CHARACTERS = 1000;
 /** Milliseconds that words for a screen reader stay: whoever reads on would meet them again. */
 const ANNOUNCED = 10_000;
+/** Milliseconds that the service has to give the conversation. */
+const LOADING = 10_000;
 
 const byId = (id) => document.getElementById(id);
 const [log, form, field, notice, status] = ["log", "composer", "message", "notice", "status"].map(
@@ -46,19 +48,18 @@ async function load() {
   connection.wake();
   if (!session.isResumed) return show([]);
   byId("unloaded").hidden = true;
-  try {
-    const messages = await storedMessages();
-    byId("forgotten").hidden = messages.length > 0 || session.unanswered !== null;
-    show(messages);
-  } catch {
-    show([]);
-    byId("unloaded").hidden = false;
-  }
+  document.body.dataset.state = "loading";
+  const { conversation } = session;
+  const messages = await storedMessages().catch(() => null);
+  if (!session.isResumed || session.conversation !== conversation) return; // it is another's turn
+  byId("unloaded").hidden = messages !== null;
+  byId("forgotten").hidden = messages?.length !== 0 || session.unanswered !== null;
+  show(messages ?? []);
   restoreUnanswered();
 }
 
 async function storedMessages() {
-  const answer = await fetch(conversationAddress());
+  const answer = await fetch(conversationAddress(), { signal: AbortSignal.timeout(LOADING) });
   if (answer.status === 404) return [];
   if (!answer.ok) throw new Error(`the messages were answered with ${answer.status}`);
   return (await answer.json()).messages;
@@ -164,6 +165,7 @@ function settle(words) {
   if (isStored) knownLosses = connection.losses;
   session.unanswered = isStored ? null : question;
   running = null;
+  if (document.activeElement === byId("stop")) field.focus(); // it is about to go
   document.body.dataset.state = "idle";
   announce(words);
   end.update();
@@ -207,6 +209,7 @@ function startOver() {
     connection.abandon();
   }
   session.clear();
+  loading = null;
   byId("unloaded").hidden = true;
   byId("forgotten").hidden = true;
   show([]);

@@ -5,6 +5,7 @@ const NEAR = 40;
 
 export class EndFollower {
   #scroller;
+  #content;
   #jump;
   #isFollowing = true;
   #lastTop = 0;
@@ -16,6 +17,7 @@ export class EndFollower {
    */
   constructor(scroller, content, jump) {
     this.#scroller = scroller;
+    this.#content = content;
     this.#jump = jump;
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     jump.addEventListener("click", () => this.goToEnd());
@@ -31,7 +33,8 @@ export class EndFollower {
 
   /** To be called when the content has grown. */
   update() {
-    if (this.#isFollowing) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    const isEmpty = this.#content.childElementCount === 0; // what stands there is read from its top
+    if (this.#isFollowing) this.#scroller.scrollTop = isEmpty ? 0 : this.#scroller.scrollHeight;
     this.#jump.hidden = this.#isFollowing;
   }
 
