@@ -1,5 +1,5 @@
 """
-The prompt: which of the stored exchanges go along with what a caller sends.
+The prompt: which of the exchanges before it go along with what a caller asks.
 
 Pure functions of messages and token counts.
 """
@@ -32,6 +32,17 @@ def without_overlap(
     return sent
 
 
+def split(sent: Sequence[Message]) -> tuple[list[Exchange], list[Message]]:
+    """Return the exchanges that a request tells of, and the messages that it asks to reply to."""
+    told: list[Exchange] = []
+    begin = 0
+    for end, message in enumerate(sent, 1):
+        if message.role == "assistant":
+            told.append(Exchange(tuple(sent[begin:end]), preceding=len(told)))
+            begin = end
+    return told, list(sent[begin:])
+
+
 def fit(
     history: Sequence[Exchange],
     costs: Sequence[int],
@@ -48,7 +59,7 @@ def fit(
     are to leave a quarter of the context free, so that the next turns can begin there again.
 
     Args:
-        history: the stored exchanges, oldest first.
+        history: the exchanges before the new messages, oldest first.
         costs: the tokens of each of them.
         fixed: the tokens of what always goes: the system prompt and the new messages.
         max_tokens: the tokens kept free for the reply.

@@ -1,7 +1,7 @@
 """
 Conversations: the exchanges that stay, and the store that keeps them in memory.
 
-A store has four operations; the service knows it only through `History`.
+The service knows a store only through `History`.
 """
 
 import sys
@@ -40,8 +40,8 @@ class History(Protocol):
     async def read(self, conversation: str) -> tuple[Exchange, ...]:
         """Return a snapshot of the conversation, oldest first; empty where there is none."""
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
-        """Store one exchange whole, forgetting the oldest beyond the limit."""
+    async def append(self, conversation: str, *exchanges: Exchange) -> None:
+        """Store exchanges whole and in one step, forgetting the oldest beyond the limit."""
 
     async def forget(self, conversation: str) -> None:
         """Forget the conversation, whether or not there is one."""
@@ -99,12 +99,12 @@ class MemoryHistory:
             self._touch(conversation, kept)
             return kept.exchanges
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
+    async def append(self, conversation: str, *exchanges: Exchange) -> None:
         with self._lock:
             self._expire()
             kept = self._conversations.setdefault(conversation, _Conversation((), 0, 0.0))
             self._touch(conversation, kept)
-            kept.exchanges = (*kept.exchanges, exchange)[-self._max_exchanges :]
+            kept.exchanges = (*kept.exchanges, *exchanges)[-self._max_exchanges :]
             size = sum(map(_size, kept.exchanges))
             self._bytes += size - kept.size
             kept.size = size

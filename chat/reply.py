@@ -7,6 +7,7 @@ would cost a turn of the event loop for each read (bench/README.md).
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -54,10 +55,12 @@ class Reply:
         self.groq_id: str | None = None
         self.progress = 0
         self._cancel: Callable[[], object] = lambda: None
+        self._cancelling: asyncio.Handle | None = None
         self.is_delivering = False
         self._tokens: list[str] = []
         self._sent = 0
         self._write: Write | None = None
+        self._at_once = sys.maxsize
         self._is_relaying = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
@@ -89,7 +92,7 @@ class Reply:
         try:
             while (write := self._write) is None:
                 await self._is_relaying.wait()
-            while tokens := self._tokens[self._sent :]:
+            while tokens := self._tokens[self._sent : self._sent + self._at_once]:
                 await write(tokens)
                 self._sent += len(tokens)
         finally:
@@ -153,16 +156,21 @@ class Reply:
         return self.is_accepted
 
     async def relay(
-        self, write: Write, *, on_wake: Callable[[], Awaitable[None]] | None = None
+        self,
+        write: Write,
+        *,
+        at_once: int = sys.maxsize,
+        on_wake: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """
         Have the tokens written as they come, until the reply has ended.
 
         Args:
-            write: writes some tokens to the caller; it must not raise.
+            write: writes some tokens to the caller, all or (cancelled) none; it must not raise.
+            at_once: how many tokens it takes at most.
             on_wake: is called when `wake` was, while the reply goes on.
         """
-        self._write = write
+        self._write, self._at_once = write, at_once
         self._is_relaying.set()
         try:
             while self.outcome is None:
@@ -207,11 +215,13 @@ class Reply:
     def settle(self) -> None:
         """Let nothing cancel the work from here on: how it ends is known."""
         self._cancel = lambda: None
+        if self._cancelling:
+            self._cancelling.cancel()
 
     def _cancel_once(self) -> None:
-        cancel = self._cancel
-        self.settle()
-        cancel()
+        # Not at once: a task that is cancelled before its first step never gets to end its reply.
+        if self._cancelling is None:
+            self._cancelling = self._loop.call_soon(self._cancel)
 
     def summary(self) -> dict[str, Any]:
         """Return what a log line says of the reply."""

@@ -7,11 +7,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from chat import metrics
 from chat.config import Settings
-from chat.context import fit, newest, without_overlap
+from chat.context import fit, newest, split, without_overlap
 from chat.errors import (
     CallerLeft,
     ChatError,
@@ -33,31 +33,31 @@ logger = logging.getLogger(__name__)
 
 
 CONSIDERED_MESSAGES = 2 * MAX_MESSAGES
-"""Stored messages that are looked at in a turn: each takes some microseconds of everybody's."""
+"""Earlier messages that are looked at in a turn: each takes some microseconds of everybody's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
     """What a reply is asked for with."""
 
     conversation: str | None
     history: Sequence[Exchange]
-    """The stored exchanges that go along."""
+    """The exchanges that go along, stored or told of by the caller."""
     new: list[Message]
-    """The messages that the history does not have yet."""
+    """The messages to reply to."""
     counts: list[Count]
     """Of the messages of both."""
+    told: Sequence[Exchange]
+    """The exchanges that the caller has told of and that are not stored yet."""
 
     @property
     def messages(self) -> list[Message]:
         return [*flatten(self.history), *self.new]
 
-    def with_newest(self, count: int) -> "Turn":
-        """Return the same with only so many of its stored exchanges."""
-        history = self.history[len(self.history) - count :]
-        length = len(flatten(history)) + len(self.new)
-        counts = self.counts[len(self.counts) - length :]
-        return replace(self, history=history, counts=counts)
+    def keep_newest(self, count: int) -> None:
+        """Leave out all but so many of the exchanges that go along."""
+        self.history = self.history[len(self.history) - count :]
+        self.counts = self.counts[len(self.counts) - len(self.messages) :]
 
 
 class ChatService:
@@ -93,8 +93,7 @@ class ChatService:
         room.enter_context(self._room(client))
         reply = Reply(stream_type, self._settings.model, self._settings.reply_timeout)
         task = asyncio.create_task(self._run(request, reply))
-        # Not at once: a task that is cancelled before its first step never gets to end its reply.
-        reply.begin(lambda: task.get_loop().call_soon(task.cancel))
+        reply.begin(task.cancel)
         self._replies[task] = reply
         room.callback(self._replies.pop, task)
         task.add_done_callback(lambda _: room.close())
@@ -172,7 +171,7 @@ class ChatService:
             try:
                 async with asyncio.timeout_at(reply.deadline):
                     turn = await self._prepare(request)
-                    turn = await self._ask(turn, reply)
+                    await self._ask(turn, reply)
                 outcome = "completed"
             except TimeoutError:
                 error = GroqTimeout()
@@ -192,7 +191,7 @@ class ChatService:
                 await self._store(turn, reply, outcome)
             finally:
                 reply.end(outcome, error)
-            self._settle(turn, reply, outcome)
+            self._count_and_learn(turn, reply, outcome)
 
     async def _prepare(self, request: ChatRequest) -> Turn:
         conversation = request.conversation
@@ -200,8 +199,8 @@ class ChatService:
             conversation = SHARED
         stored = await self._history.read(conversation) if conversation else ()
         is_full = len(stored) >= self._settings.max_exchanges
-        new = without_overlap(stored, request.messages, is_full=is_full)
-        history = newest(stored, CONSIDERED_MESSAGES)
+        told, new = split(without_overlap(stored, request.messages, is_full=is_full))
+        history = newest([*stored, *told], CONSIDERED_MESSAGES)
         counts = await self._counts.count([*flatten(history), *new])
         costs = _costs(history, counts)
         preceding = fit(
@@ -211,9 +210,11 @@ class ChatService:
             max_tokens=self._settings.max_tokens,
             context_tokens=self._settings.context_tokens,
         )
-        return Turn(conversation, history, new, counts).with_newest(preceding)
+        turn = Turn(conversation, history, new, counts, told)
+        turn.keep_newest(preceding)
+        return turn
 
-    async def _ask(self, turn: Turn, reply: Reply) -> Turn:
+    async def _ask(self, turn: Turn, reply: Reply) -> None:
         """Ask; where that is too much for the model, once more with half of the history."""
         try:
             await self._ask_once(turn, reply)
@@ -221,9 +222,8 @@ class ChatService:
             if not (error.is_too_large and turn.history):
                 raise
             metrics.GROQ_RETRIES.inc()
-            turn = turn.with_newest(len(turn.history) // 2)
+            turn.keep_newest(len(turn.history) // 2)
             await self._ask_once(turn, reply)
-        return turn
 
     async def _ask_once(self, turn: Turn, reply: Reply) -> None:
         reply.prompt_tokens = self._system_tokens + _total(turn.counts)
@@ -234,11 +234,11 @@ class ChatService:
         is_stopped = outcome == "cancelled" and reply.was_stopped and reply.has_tokens
         if turn and turn.conversation and (outcome == "completed" or is_stopped):
             exchange = Exchange((*turn.new, Message("assistant", reply.text)), len(turn.history))
-            await self._history.append(turn.conversation, exchange)
+            await self._history.append(turn.conversation, *turn.told, exchange)
         if reply.is_accepted:
             _count_tokens(reply)
 
-    def _settle(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
+    def _count_and_learn(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
         """Count and learn, off the caller's path."""
         _count_reply(reply, outcome)
         # Another model's counts are not this one's.

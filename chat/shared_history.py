@@ -35,19 +35,21 @@ CLOSE_TIMEOUT = 3.0
 PREFIX = "chat:history:"
 
 # Appending is atomic; and when an answer was lost and it is done again, it changes nothing. What
-# was said before the conversation was forgotten, and comes late, stays out: ARGV[3] is its age.
+# was said before the conversation was forgotten, and comes late, stays out: ARGV[2] is its age.
 APPEND = """
 local clock = redis.call('TIME')
-local said_at = clock[1] * 1000 + clock[2] / 1000 - ARGV[3]
+local said_at = clock[1] * 1000 + clock[2] / 1000 - ARGV[2]
 local forgotten_at = redis.call('GET', KEYS[2])
 if forgotten_at and said_at <= tonumber(forgotten_at) then
     return 0
 end
-if not redis.call('LPOS', KEYS[1], ARGV[1]) then
-    redis.call('RPUSH', KEYS[1], ARGV[1])
-    redis.call('LTRIM', KEYS[1], -ARGV[2], -1)
+if not redis.call('LPOS', KEYS[1], ARGV[#ARGV]) then
+    for number = 4, #ARGV do
+        redis.call('RPUSH', KEYS[1], ARGV[number])
+    end
+    redis.call('LTRIM', KEYS[1], -ARGV[1], -1)
 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 FORGET = """
 local clock = redis.call('TIME')
@@ -90,10 +92,11 @@ class SharedHistory:
         stored, _ = await self._ask_soon(key, [("LRANGE", key, 0, -1), ("PEXPIRE", key, self._ttl)])
         return tuple(_exchanges(stored))
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
-        """Store one exchange; where that takes longer than its budget, go on in the background."""
+    async def append(self, conversation: str, *exchanges: Exchange) -> None:
+        """Store exchanges; where that takes longer than its budget, go on in the background."""
         key = _key(conversation)
-        stored = msgspec.json.encode(_Stored(uuid4().hex, exchange))
+        newest = exchanges[-self._max_exchanges :]
+        stored = [msgspec.json.encode(_Stored(uuid4().hex, each)) for each in newest]
         storing = asyncio.create_task(self._store(key, stored, self._late.get(key)))
         self._storing.add(storing)
         storing.add_done_callback(self._storing.discard)
@@ -132,14 +135,16 @@ class SharedHistory:
         if self._late.get(key) is storing:
             del self._late[key]
 
-    async def _store(self, key: str, stored: bytes, before: asyncio.Task[None] | None) -> None:
+    async def _store(
+        self, key: str, stored: list[bytes], before: asyncio.Task[None] | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         said_at = loop.time()
 
         def commands() -> list[Command]:
             age = round((loop.time() - said_at) * 1000)
             keys = (2, key, _forgotten(key))
-            return [("EVAL", APPEND, *keys, stored, self._max_exchanges, age, self._ttl)]
+            return [("EVAL", APPEND, *keys, self._max_exchanges, age, self._ttl, *stored)]
 
         try:
             async with asyncio.timeout(STORE_TIMEOUT):
@@ -147,8 +152,8 @@ class SharedHistory:
                     await asyncio.wait([before])
                 await self._ask(commands)
         except (TimeoutError, asyncio.CancelledError):
-            metrics.HISTORY_LOST.inc()
-            logger.error("an exchange is lost: Redis did not take it")
+            metrics.HISTORY_LOST.inc(len(stored))
+            logger.error("exchanges are lost (%d): Redis did not take them", len(stored))
 
     async def _ask_soon(self, key: str, commands: list[Command]) -> list[Any]:
         """

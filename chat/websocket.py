@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -61,6 +62,7 @@ class ChatSocket:
     ) -> None:
         self._websocket = websocket
         self._caller = connection_of(websocket.scope)
+        self._takes_many = TEXTS in websocket.scope.get("extensions", ())
         self._reply_to = reply_to
         self._limiter = limiter
         self._drain = drain
@@ -86,9 +88,9 @@ class ChatSocket:
     def drain(self) -> None:
         """Close the connection as soon as no reply runs on it."""
         self._is_draining = True
-        self._look_up()
+        self._wake()
 
-    def _look_up(self) -> None:
+    def _wake(self) -> None:
         """Stop waiting for a message, to see whether there is another reason to go on."""
         if self._is_draining and self._clock and not self._clock.expired():
             self._clock.reschedule(asyncio.get_running_loop().time())
@@ -183,12 +185,13 @@ class ChatSocket:
         self._reply = self._reply_to(request)
         self._wasted = 0
         self._relaying = asyncio.create_task(self._relay(self._reply))
-        self._relaying.add_done_callback(lambda _: self._look_up())
+        self._relaying.add_done_callback(lambda _: self._wake())
 
     async def _relay(self, reply: Reply) -> None:
         try:
             with self._caller.watch(reply.delivery):
-                await reply.relay(partial(self._write, reply))
+                at_once = sys.maxsize if self._takes_many else 1
+                await reply.relay(partial(self._write, reply), at_once=at_once)
             if reply.error:
                 await self._fail(reply.error)
             else:
@@ -202,11 +205,11 @@ class ChatSocket:
 
     async def _write(self, reply: Reply, tokens: list[str]) -> None:
         texts = [socket_token(token) for token in tokens]
+        message: Message = {"type": TEXTS, "texts": texts}
+        if not self._takes_many:
+            message = {"type": "websocket.send", "text": texts[0]}
         try:
-            if TEXTS in self._websocket.scope.get("extensions", ()):
-                return await self._caller.server_send({"type": TEXTS, "texts": texts})
-            for text in texts:
-                await self._caller.server_send({"type": "websocket.send", "text": text})
+            await self._caller.server_send(message)
         except CLOSED:
             reply.abandon()
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.context import fit, newest, without_overlap
+from chat.context import fit, newest, split, without_overlap
 from chat.errors import BadRequest
 from chat.history import Exchange
 from chat.messages import Message
@@ -53,6 +53,24 @@ def test_the_longest_tail_that_a_request_begins_with_is_not_new(
 def test_a_full_history_is_found_further_on_in_a_long_transcript(sent: str, new: str) -> None:
     stored = history("bB", "cC")
     assert letters(without_overlap(stored, messages(sent), is_full=True)) == new
+
+
+@pytest.mark.parametrize(
+    ("sent", "told", "new"),
+    [
+        ("a", [], "a"),
+        ("ab", [], "ab"),
+        ("aAb", ["aA"], "b"),
+        ("abAcBd", ["abA", "cB"], "d"),
+        ("AbBCcd", ["A", "bB", "C"], "cd"),
+    ],
+)
+def test_a_transcript_is_exchanges_and_what_is_asked_after_them(
+    sent: str, told: list[str], new: str
+) -> None:
+    exchanges, asked = split(messages(sent))
+    assert [letters([*each.messages]) for each in exchanges] == told
+    assert letters(asked) == new
 
 
 def kept(costs: list[int], *, fixed: int = 10, context: int = 100, preceding: int = 99) -> int:

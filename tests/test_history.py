@@ -111,6 +111,19 @@ def test_only_the_last_exchanges_stay(on_store: OnStore, store: str) -> None:
 
 
 @pytest.mark.parametrize("store", STORES)
+def test_several_exchanges_are_stored_in_one_step(on_store: OnStore, store: str) -> None:
+    async def scenario(history: History) -> None:
+        name = new_name()
+        await history.append(name, exchange("one"))
+        await history.append(name, exchange("two"), exchange("three"))
+        assert await said(history, name) == ["two", "three"]
+        await history.append(name, *map(exchange, ("four", "five", "six")))
+        assert await said(history, name) == ["five", "six"]
+
+    on_store(store, scenario)
+
+
+@pytest.mark.parametrize("store", STORES)
 def test_a_snapshot_is_as_it_was_stored_and_does_not_change(on_store: OnStore, store: str) -> None:
     async def scenario(history: History) -> None:
         name = new_name()
@@ -299,14 +312,34 @@ def test_a_transcript_that_is_sent_again_is_not_stored_twice(
     assert service.messages(conversation) == transcript
 
 
-def test_several_new_messages_are_one_exchange(
-    start_service: StartService, groq: FakeGroq, conversation: str
+@pytest.mark.parametrize(
+    ("roles", "stored"),
+    [
+        (("user", "user"), ["m0", "m1", "You said: m1"]),
+        (("user", "assistant", "user"), ["m2", "You said: m2"]),
+    ],
+)
+def test_what_a_caller_tells_of_is_stored_as_the_exchanges_that_it_is(
+    start_service: StartService, conversation: str, roles: tuple[str, ...], stored: list[str]
 ) -> None:
     service = start_service(MAX_EXCHANGES=1)
-    roles = ("user", "assistant", "user")
     sent = [{"role": role, "content": f"m{n}"} for n, role in enumerate(roles)]
     service.http.post("/chat", json={"messages": sent, "conversation": conversation})
-    assert service.contents(conversation) == ["m0", "m1", "m2", "You said: m2"]
+    assert service.contents(conversation) == stored
+
+
+def test_of_a_transcript_that_is_too_long_the_newest_exchanges_go_along_and_all_are_stored(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(CONTEXT_TOKENS=400, MAX_TOKENS=100)
+    roles = ("user", "assistant") * 10 + ("user",)
+    sent = [{"role": role, "content": f"{n} {'word ' * 20}"} for n, role in enumerate(roles)]
+    answer = service.http.post("/chat", json={"messages": sent, "conversation": conversation})
+    assert answer.status_code == 200
+    asked = groq.requests[-1].body["messages"]
+    assert 1 < len(asked) < len(sent)
+    assert asked == sent[-len(asked) :]
+    assert len(service.messages(conversation)) == len(sent) + 1
 
 
 def test_the_number_of_conversations_is_limited_and_counted(start_service: StartService) -> None:

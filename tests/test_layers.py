@@ -82,7 +82,7 @@ def test_the_core_does_no_input_or_output_and_knows_no_clock(name: str) -> None:
 def test_the_code_can_be_read_in_an_hour_or_two() -> None:
     """What callers and networks do to each line is in it; let nothing grow unseen."""
     assert max(len(path.read_text().splitlines()) for path in MODULES.values()) <= 400
-    assert sum(map(lines_of_code, MODULES.values())) <= 3750
+    assert sum(map(lines_of_code, MODULES.values())) <= 3800
 
 
 def lines_of_code(path: Path) -> int:

@@ -81,6 +81,32 @@ def test_a_reply_ends_while_it_waits_for_a_transport() -> None:
     assert asyncio.run(scenario()).text == "a"
 
 
+def test_where_tokens_are_taken_one_by_one_it_is_known_which_were_sent_before_a_cancel() -> None:
+    async def scenario() -> tuple[str, list[list[str]]]:
+        reply, is_stuck = Reply("websocket", "a-model", PATIENCE), asyncio.Event()
+        taken: list[list[str]] = []
+
+        async def write(tokens: list[str]) -> None:
+            if taken and not is_stuck.is_set():
+                is_stuck.set()
+                await asyncio.Event().wait()
+            taken.append(tokens)
+
+        reply.add(TOKENS)
+        relaying = asyncio.create_task(reply.relay(write, at_once=1))
+        delivering = asyncio.create_task(reply.deliver())
+        async with asyncio.timeout(PATIENCE):
+            await is_stuck.wait()
+            delivering.cancel()
+            await asyncio.wait([delivering])
+            reply.keep_what_was_sent()
+            reply.end("cancelled")
+            await relaying
+        return reply.text, taken
+
+    assert asyncio.run(scenario()) == ("a", [["a"]])
+
+
 def test_what_came_before_a_transport_is_written_at_the_end() -> None:
     async def scenario() -> list[list[str]]:
         reply, caller = Reply("sse", "a-model", PATIENCE), SlowCaller()

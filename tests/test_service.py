@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
+from prometheus_client import REGISTRY
 
 from chat.config import load_settings
-from chat.errors import GroqFailed, InternalError
-from chat.history import SHARED, MemoryHistory
+from chat.errors import GroqFailed, GroqRefused, InternalError
+from chat.history import SHARED, Exchange, History, MemoryHistory
+from chat.link import open_link
 from chat.messages import ChatRequest, Message
 from chat.reply import Reply
 from chat.service import ChatService
+from chat.shared_history import SharedHistory
 from chat.tokens import TokenCounts
 from chat.upstream import Upstream
+from tests.servers import PATIENCE, RedisServer
 
 
 class BrokenGroq:
@@ -34,6 +38,27 @@ class EndlessGroq:
         await asyncio.Event().wait()
 
 
+class QuickGroq:
+    """Has said everything with its first token."""
+
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
+        reply.accept()
+        reply.add(["whole"])
+        await reply.deliver()
+
+
+class StrictGroq:
+    """Takes no more than three messages, and never ends."""
+
+    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
+        if len(messages) > 3:
+            raise GroqRefused(413, None, is_too_large=True)
+        reply.accept()
+        reply.add(["half"])
+        await reply.deliver()
+        await asyncio.Event().wait()
+
+
 class FailingGroq:
     """Fails while its caller cancels."""
 
@@ -45,9 +70,11 @@ class FailingGroq:
         raise GroqFailed
 
 
-def service_with(upstream: object) -> tuple[ChatService, MemoryHistory]:
+def service_with(upstream: object, history: History | None = None) -> tuple[ChatService, History]:
     settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
-    history = MemoryHistory(max_exchanges=2, max_conversations=2, max_bytes=1000, ttl=60)
+    history = history or MemoryHistory(
+        max_exchanges=3, max_conversations=2, max_bytes=10_000, ttl=60
+    )
     counts = TokenCounts("a-model", None)
     upstream = cast(Upstream, upstream)
     return ChatService(settings, history=history, counts=counts, upstream=upstream), history
@@ -86,6 +113,52 @@ def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
 
     reply, stored = asyncio.run(scenario())
     assert (reply.outcome, stored) == ("failed", ())
+
+
+def test_a_cancel_that_crosses_the_end_is_stored_and_counted(redis_server: RedisServer) -> None:
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, labels) or 0
+
+    def replies() -> float:
+        return counted("chat_replies_total", stream_type="websocket", outcome="completed")
+
+    def tokens() -> float:
+        return counted("chat_tokens_total", direction="completion")
+
+    async def scenario() -> tuple[Reply, Sequence[Exchange]]:
+        async with open_link(redis_server.address, "") as link:
+            await link.probe()
+            history = SharedHistory(link, max_exchanges=2, ttl=60)
+            service, _ = service_with(QuickGroq(), history)
+            reply = service.reply_to(question(), "websocket", "127.0.0.1")
+
+            async def leave(tokens: list[str]) -> None:
+                reply.abandon()
+
+            await reply.relay(leave)
+            assert await service.wait_idle(PATIENCE)
+            return reply, await history.read(SHARED)
+
+    before = replies(), tokens()
+    reply, stored = asyncio.run(scenario())
+    assert (reply.outcome, reply.error, len(stored)) == ("completed", None, 1)
+    assert (replies(), tokens()) == (before[0] + 1, before[1] + (reply.completion_tokens or 0))
+
+
+def test_of_a_stopped_reply_to_half_of_the_history_that_half_is_remembered() -> None:
+    async def scenario() -> Sequence[Exchange]:
+        service, history = service_with(StrictGroq())
+        messages = (Message("user", "u"), Message("assistant", "a"))
+        await history.append(SHARED, *[Exchange(messages, preceding=n) for n in range(2)])
+        reply = service.reply_to(question(), "websocket", "127.0.0.1")
+
+        async def stop(tokens: list[str]) -> None:
+            asyncio.get_running_loop().call_soon(reply.stop)
+
+        await reply.relay(stop)
+        return await history.read(SHARED)
+
+    assert asyncio.run(scenario())[-1].preceding == 1
 
 
 def test_the_end_of_the_service_ends_its_replies() -> None:
