@@ -9,10 +9,11 @@ Importing this module does nothing: `app` is made when it is first asked for.
 import asyncio
 import gc
 import re
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -280,8 +281,16 @@ def __getattr__(name: str) -> Starlette:
     return create_app(settings)
 
 
+def raise_limit_of_files() -> None:
+    """Have as many connections as the system allows, rather than as its shells take by default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # macOS takes less than it names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     settings = settings_or_exit()
+    raise_limit_of_files()
     logs.configure(settings.log_level)
     options: dict[str, Any] = {
         "host": HOST,

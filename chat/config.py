@@ -1,7 +1,8 @@
 """
 Settings: every variable that the service reads, its default and its check.
 
-They are read once, at the front door, and handed down; nothing else reads the environment.
+They are read once, at the front door, and handed down; of the environment, nothing else is read but
+what prometheus-client has workers share their figures by (`chat.workers`).
 """
 
 import os
@@ -149,8 +150,8 @@ ANY_TEXT = Kind(unicode_text, "text in UTF-8")
 ANY_SECRET = Kind(unicode_text, "text in UTF-8", secret=True)
 BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
 API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
-MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
-OPTIONAL_MODEL_NAME = matching(r"\S*", "the name of a model, or empty for none")
+MODEL_NAME = matching(r"[^\s\ud800-\udfff]+", "the name of a model, such as openai/gpt-oss-20b")
+OPTIONAL_MODEL_NAME = matching(r"[^\s\ud800-\udfff]*", "the name of a model, or empty for none")
 EFFORT = matching("low|medium|high", "low, medium or high")
 RATE = Kind(rate, "a rate such as 30/minute (second, minute, hour, day), or empty for none")
 NETWORKS = Kind(networks, "addresses or networks such as 10.0.0.0/8, with commas between them")

@@ -40,7 +40,7 @@ MAX_CONNECTIONS = 10_000
 KEEP_ALIVE_EXPIRY = 30.0
 """Seconds that an idle connection to Groq is kept for the next request."""
 MAX_REPLY_BYTES = 16 << 20
-DRAIN_TIMEOUT = 0.1
+BODY_END_TIMEOUT = 0.1
 """Seconds to wait after `[DONE]` for the end of the body, so that the connection can be kept."""
 
 MAX_SHORT_BYTES = 1 << 20
@@ -133,7 +133,7 @@ class Groq:
             if parser.error:
                 raise parser.error
             self._check_not_empty(reply, parser.finish_reason)
-            await _drain(attempt.content)
+            await _read_to_end(attempt.content)
 
     async def look_up(self) -> ModelState:
         """Find out whether Groq knows the key and the model; unknown where it does not tell."""
@@ -330,9 +330,9 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
     return body
 
 
-async def _drain(content: aiohttp.StreamReader) -> None:
+async def _read_to_end(content: aiohttp.StreamReader) -> None:
     try:
-        async with asyncio.timeout(DRAIN_TIMEOUT):
+        async with asyncio.timeout(BODY_END_TIMEOUT):
             while await content.readany():
                 pass
     except (TimeoutError, httpx.HTTPError, aiohttp.ClientError):
@@ -361,7 +361,10 @@ class GroqTransport(AiohttpTransport):
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        response = await super().handle_async_request(request)
+        try:
+            response = await super().handle_async_request(request)
+        except UnicodeEncodeError as error:  # of a reason phrase that is not UTF-8
+            raise httpx.RemoteProtocolError("the status line is not UTF-8") from error
         assert isinstance(response.stream, AiohttpResponseStream)  # noqa: S101
         response.extensions["content"] = response.stream._aiohttp_response.content
         return response

@@ -92,6 +92,9 @@ class JSONResponse(Response):
         await send(_body(b"", more_body=False))
 
 
+MESSAGES_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+
+
 class MessagesResponse(Response):
     """A conversation, rendered as it is sent: of a large one, no reader has a copy in memory."""
 
@@ -100,7 +103,7 @@ class MessagesResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._reading as messages:
-            await send(_start(200, [(b"content-type", b"application/json")]))
+            await send(_start(200, MESSAGES_HEADERS))
             piece = bytearray(b'{"messages":[')
             for number, message in enumerate(messages):
                 piece += (b"," if number else b"") + msgspec.json.encode(message)

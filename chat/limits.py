@@ -14,7 +14,7 @@ from math import ceil
 from chat.addresses import bucket_of
 from chat.config import Rate
 from chat.errors import RateLimited
-from chat.link import Link
+from chat.link import BUDGET, Link
 from chat.recent import Recent
 
 CLIENTS = 100_000
@@ -80,10 +80,16 @@ class RateLimiter:
     """The buckets of all clients; kept in this process while Redis is not there."""
 
     def __init__(
-        self, rate: Rate, link: Link | None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        rate: Rate,
+        link: Link | None,
+        *,
+        budget: float = BUDGET,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rate = rate
         self._link = link
+        self._budget = budget
         self._clock = clock
         self._full_at: Recent[str, float] = Recent(CLIENTS)
 
@@ -99,7 +105,7 @@ class RateLimiter:
         kind = f"{self._rate.limit}:{self._rate.window}"
         name = f"chat:rate:{kind}:{sha256(key.encode()).hexdigest()}"
         command = ("EVAL", SCRIPT, 1, name, self._rate.limit, self._rate.window)
-        answers = await self._link.ask([command])
+        answers = await self._link.ask([command], budget=self._budget)
         if answers is None:
             return None
         is_allowed, full_in = answers[0]

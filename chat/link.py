@@ -304,7 +304,7 @@ class _Lane:
 
 @asynccontextmanager
 async def open_link(address: str, password: str) -> AsyncIterator[Link]:
-    """Open the link to Redis, waiting for it no longer than the budget."""
+    """Open the link to Redis, which need not be there yet."""
     link = Link(connect(address, password))
     try:
         await link.probe(BUDGET)

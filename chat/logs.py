@@ -90,8 +90,9 @@ class BackgroundHandler(logging.Handler):
         self._write()
 
     def _write(self, first: str = "") -> None:
-        self._stream.write(first + self._take(self._lines.qsize()))
-        self._stream.flush()
+        with suppress(OSError):  # of a full disk, say: there is nowhere to tell of it
+            self._stream.write(first + self._take(self._lines.qsize()))
+            self._stream.flush()
 
     def _take(self, count: int) -> str:
         """Take as many lines as still wait, at most `count`."""

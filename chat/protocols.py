@@ -17,6 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState, PayloadTooBig, SecurityError
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
+from websockets.protocol import State
 
 from chat import metrics
 from chat.errors import BodyTooLarge, TooManyConnections
@@ -253,7 +254,8 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         self._frames = 0
         self._stop_timer()
-        super().send_receive_event_to_app()
+        if self.conn.state is State.OPEN:  # else a close came behind it, in the same read
+            super().send_receive_event_to_app()
 
     def pause_writing(self) -> None:
         super().pause_writing()

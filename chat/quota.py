@@ -26,7 +26,7 @@ def parse_duration(text: str) -> float | None:
     return sum(float(number) * SECONDS[unit] for number, unit in DURATION_PART.findall(text))
 
 
-LONGEST_WAIT = 86_400.0
+LONGEST_RESET = 86_400.0
 """Seconds; a longer one is nonsense: Groq's windows are a minute and a day."""
 
 
@@ -38,7 +38,7 @@ def parse_retry_after(value: str, *, now: float | None = None) -> int | None:
         seconds = float(value) if is_number else parsedate_to_datetime(value).timestamp() - now
     except (ValueError, OverflowError):
         return None
-    return ceil(min(max(0, seconds), LONGEST_WAIT))
+    return ceil(min(max(0, seconds), LONGEST_RESET))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Quota:
             reset = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
             if remaining is not None and reset is not None:
                 limit = _number(headers.get(f"x-ratelimit-limit-{kind}", ""))
-                self._levels[kind] = Level(limit, remaining, min(reset, LONGEST_WAIT), now)
+                self._levels[kind] = Level(limit, remaining, min(reset, LONGEST_RESET), now)
                 self._probe_at = now + PROBE_INTERVAL
 
 

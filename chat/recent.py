@@ -14,9 +14,6 @@ class Recent(Generic[Key, Value]):
         self._limit = limit
         self._entries: OrderedDict[Key, Value] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 

@@ -45,7 +45,18 @@ def listen(address: tuple[str, int], *, is_shared: bool) -> socket.socket:
 async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
     """Serve an app on a port of its own, over HTTP only."""
     config = uvicorn.Config(
-        app, http=HTTPProtocol, ws="none", log_config=None, lifespan="off", access_log=False
+        app,
+        http=HTTPProtocol,
+        ws="none",
+        log_config=None,
+        lifespan="off",
+        access_log=False,
+        timeout_graceful_shutdown=1,
     )
-    async with running(SideServer(config).serve(sockets=[listener])):
+    server = SideServer(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
         yield
+    finally:
+        server.should_exit = True  # cancelled, it would leave its port open
+        await task

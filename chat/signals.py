@@ -62,8 +62,9 @@ async def held_back(drain: Callable[[], Awaitable[None]]) -> AsyncIterator[None]
         try:
             yield
         finally:
-            for number, original in originals.items():
-                signal.signal(number, original)
+            if is_first:  # else a second one is still to end the process at once
+                for number, original in originals.items():
+                    signal.signal(number, original)
 
 
 def _let_end(original: Any, number: int) -> None:

@@ -36,6 +36,7 @@ class Script:
     done: bool = True
 
     status: int = 200
+    reason: str = "Whatever"
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | None = None
     """The whole body, in place of one that is made from the tokens."""
@@ -267,7 +268,7 @@ class _Connection(asyncio.Protocol):
         self._write_whole(script, json.dumps(body).encode() if script.body is None else script.body)
 
     def _write_whole(self, script: Script, body: bytes) -> None:
-        head = [f"HTTP/1.1 {script.status} Whatever", f"content-length: {len(body)}"]
+        head = [f"HTTP/1.1 {script.status} {script.reason}", f"content-length: {len(body)}"]
         head += _headers(script, "application/json")
         self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
 

@@ -84,6 +84,8 @@ def test_redis_may_be_left_out() -> None:
         ("REDIS_ADDR", "a..b:6379", "host:port"),
         ("SYSTEM_PROMPT", "\udcff", "text in UTF-8"),
         ("MODEL", "two words", "the name of a model"),
+        ("MODEL", "a\udcff", "the name of a model"),
+        ("FALLBACK_MODEL", "a\udcff", "the name of a model"),
         ("REASONING_EFFORT", "none", "low, medium or high, not 'none'"),
         ("REDIS_ADDR", "http://redis:6379", "host:port"),
         ("REDIS_ADDR", "redis://a:1,b:2", "host:port"),

@@ -335,6 +335,16 @@ def test_frames_without_a_message_are_cut(service: Service, frame: bytes) -> Non
         everything_from(connection)
 
 
+def test_a_bad_message_before_a_close_is_no_fault_of_ours(start_service: StartService) -> None:
+    service = start_service()
+    with connected(service) as connection, suppress(ConnectionError):
+        upgrade(connection)
+        connection.sendall(b"\x81\x81\0\0\0\0\xff" + b"\x88\x82\0\0\0\0\x03\xe8")
+        everything_from(connection)
+    service.log_line(endpoint="/chat", method="GET", status=101)
+    assert "ERROR" not in service.process.output
+
+
 @pytest.mark.parametrize("count", [100, 950])
 @pytest.mark.parametrize("words", [b"{}", b'{"cancel":true}'])
 def test_pings_of_a_caller_who_reads_nothing_take_no_memory(

@@ -195,6 +195,23 @@ def test_a_second_signal_ends_it_at_once(start: Start, groq: FakeGroq, number: i
             list(events)
 
 
+@pytest.mark.parametrize("start", ["python", "uvicorn"], indirect=True)
+def test_a_second_signal_does_not_wait_for_a_redis_that_hangs(
+    start: Start, groq: FakeGroq, redis_server: RedisServer
+) -> None:
+    service = start(DRAIN_TIMEOUT=0.2)
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with service.stream("held") as (_, events):
+        next(events)
+        redis_server.pause()
+        groq.release()
+        list(events)
+    service.process.send_signal(signal.SIGTERM)
+    service.process.wait_for_line(lambda line: "Waiting for application shutdown" in line)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait() == 1
+
+
 @pytest.mark.parametrize("start", ["python", "uvicorn", "workers"], indirect=True)
 def test_two_signals_end_it_at_once_however_close_together(start: Start, groq: FakeGroq) -> None:
     service = start()

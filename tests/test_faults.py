@@ -4,8 +4,8 @@ that Groq's connection is closed.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -57,6 +57,9 @@ FAULTS = {
         f"status {status}": Fault(Script(status=status), 502, "refused", MISUSED)
         for status in (401, 403, 404)
     },
+    "a status line that is no UTF-8": Fault(
+        Script(status=503, reason="\xfcberlastet"), 502, "unreachable", UNREACHABLE
+    ),
     "hangs up": Fault(Script(cut_before_status=True), 502, "unreachable", UNREACHABLE),
     "silent before its status": Fault(Script(hold_before_status=True), 504, "timeout", TIMEOUT),
     "silent before a token": Fault(Script(hold_before_token=0), 504, "timeout", TIMEOUT),
@@ -113,8 +116,8 @@ def ask_over_websocket(service: Service, conversation: str) -> Seen:
 
 
 @pytest.fixture(scope="module")
-def service(module_groq: FakeGroq) -> Any:
-    limits = {"GROQ_FIRST_EVENT_TIMEOUT": 0.4, "GROQ_TIMEOUT": 0.4}
+def impatient_service(module_groq: FakeGroq) -> Iterator[Service]:
+    limits = {"GROQ_FIRST_EVENT_TIMEOUT": 0.5, "GROQ_TIMEOUT": 0.5}
     with Service(GROQ_BASE_URL=module_groq.url, **limits) as running:
         yield running
 
@@ -130,9 +133,15 @@ def counted(service: Service, transport: str, outcome: str) -> tuple[float, ...]
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_told_counted_and_leaves_nothing_behind(
-    service: Service, groq: FakeGroq, conversation: str, name: str, transport: str
+    service: Service,
+    impatient_service: Service,
+    groq: FakeGroq,
+    conversation: str,
+    name: str,
+    transport: str,
 ) -> None:
     fault = FAULTS[name]
+    service = impatient_service if fault.outcome == "timeout" else service
     groq.on("question", fault.script)
     groq.on("another question", Script(["good"]))
     before = counted(service, transport, fault.counted(transport))

@@ -1,5 +1,6 @@
 """What the service logs: one JSON object a line, one line a request, nothing that is secret."""
 
+import errno
 import io
 import json
 import logging
@@ -17,8 +18,9 @@ from tests.fake_groq import FakeGroq, Script
 from tests.servers import KEY, PATIENCE, Service, UvicornService
 
 
-def lines_for(service: Service, request_id: str) -> list[dict[str, object]]:
-    service.log_line(request_id=request_id)
+def lines_for(service: Service, request_id: str, **fields: object) -> list[dict[str, object]]:
+    """Return the lines of a request, once there is the one with the fields."""
+    service.log_line(request_id=request_id, **fields)
     return [line for line in service.log_lines() if line.get("request_id") == request_id]
 
 
@@ -56,7 +58,7 @@ def test_a_failed_chat_is_one_warning_that_says_why(service: Service, groq: Fake
     headers = {"x-request-id": "refused"}
     asked = {"messages": [{"role": "user", "content": "question"}]}
     service.http.post("/chat", json=asked, headers=headers)
-    hint, line = lines_for(service, "refused")
+    hint, line = lines_for(service, "refused", status=502)
     assert (hint["level"], hint["message"]) == (
         "ERROR",
         "Groq refuses the key: check GROQ_API_KEY",
@@ -170,6 +172,32 @@ def test_the_oldest_lines_that_nobody_takes_are_dropped_rather_than_waited_for()
     written = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
     assert written[-1] == f"line {count - 1}"
     assert len(written) < count
+
+
+class FullStream(io.StringIO):
+    """A stream to a disk that is full at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_full = True
+        self.has_failed = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            self.has_failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_line_that_cannot_be_written_is_not_the_last() -> None:
+    stream = FullStream()
+    handler = logs.BackgroundHandler(stream)
+    handler.emit(logging.LogRecord("x", 20, "f", 1, "lost", None, None))
+    assert stream.has_failed.wait(PATIENCE)
+    stream.is_full = False
+    handler.emit(logging.LogRecord("x", 20, "f", 1, "told", None, None))
+    handler.close()
+    assert json.loads(stream.getvalue())["message"] == "told"
 
 
 def test_a_line_after_the_end_is_written_at_once() -> None:
