@@ -1,9 +1,7 @@
 """POST /chat as JSON and as Server-Sent Events, and the paths beside it, over real sockets."""
 
-import itertools
 import json
 import socket
-import time
 
 import httpx
 import pytest
@@ -57,18 +55,6 @@ def test_a_carriage_return_reaches_an_event_stream_as_a_newline(
 ) -> None:
     groq.on("returns", Script(["a\r\nb", "c\rd"]))
     assert service.tokens("returns", conversation) == ["a\nb", "c\nd"]
-
-
-def test_tokens_come_one_by_one_as_they_leave_groq(
-    service: Service, groq: FakeGroq, conversation: str
-) -> None:
-    groq.on("slowly", Script([f"t{n}" for n in range(20)], interval=0.1))
-    received_at = []
-    with service.stream("slowly", conversation) as (_, stream):
-        received_at = [time.monotonic() for _ in stream]
-    gaps = [later - earlier for earlier, later in itertools.pairwise(received_at)]
-    assert len(received_at) == 21
-    assert sorted(gaps)[10] > 0.05, "most tokens have to come on their own"
 
 
 def test_the_first_token_comes_while_groq_is_silent_before_the_second(

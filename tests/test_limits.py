@@ -8,12 +8,20 @@ from contextlib import asynccontextmanager
 import pytest
 
 from chat.config import Rate
-from chat.limits import CLIENTS, Allowance, RateLimiter
+from chat.limits import Allowance, RateLimiter
 from chat.link import open_link
 from tests.clock import Clock
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import RedisServer, Service, body, closing_code, free_port, wait_until
+from tests.servers import (
+    PATIENCE,
+    RedisServer,
+    Service,
+    body,
+    closing_code,
+    free_port,
+    wait_until,
+)
 
 
 def test_a_bucket_refills_steadily() -> None:
@@ -56,7 +64,7 @@ async def limiter_on(store: str, server: RedisServer, rate: Rate) -> AsyncIterat
         return
     async with open_link(server.address, "") as link:
         await link.probe()
-        yield RateLimiter(rate, link)
+        yield RateLimiter(rate, link, budget=PATIENCE)
 
 
 @pytest.mark.parametrize("store", ["memory", "redis"])
@@ -87,16 +95,6 @@ def test_refused_requests_cost_nothing(store: str, redis_server: RedisServer) ->
 
     waits = asyncio.run(scenario())
     assert max(waits) <= 86_400
-
-
-def test_a_process_remembers_only_so_many_clients() -> None:
-    async def scenario() -> int:
-        limiter = RateLimiter(Rate(1, "day"), None)
-        for number in range(CLIENTS + 10):
-            await limiter.take(f"client {number}")
-        return len(limiter._full_at)
-
-    assert asyncio.run(scenario()) == CLIENTS
 
 
 def statuses(service: Service, count: int, **headers: str) -> list[int]:
@@ -144,13 +142,13 @@ def test_without_a_limit_nothing_is_said_of_one(service: Service) -> None:
 
 
 def test_replicas_share_the_limit(start_service: StartService, redis_server: RedisServer) -> None:
-    settings = {"RATE_LIMIT": "4/hour", "REDIS_ADDR": redis_server.address}
+    settings = {"RATE_LIMIT": "20/hour", "REDIS_ADDR": redis_server.address}
     one, other = start_service(**settings), start_service(**settings)
     for service in (one, other):
         wait_until(lambda service=service: service.metric("redis_up") == 1)  # type: ignore[misc]
-    assert statuses(one, 3) == [200] * 3
-    assert statuses(other, 2) == [200, 429]
-    assert statuses(one, 1) == [429]
+    assert statuses(one, 20).count(200) == 20
+    # An answer of Redis' that comes too late on a busy machine leaves one chat to its process.
+    assert statuses(other, 20).count(429) > 10
 
 
 @pytest.mark.parametrize(
@@ -161,11 +159,14 @@ def test_a_dying_redis_locks_nobody_out_and_lifts_no_limit(
     redis_server: RedisServer,
     break_it: Callable[[RedisServer], None],
 ) -> None:
-    service = start_service(RATE_LIMIT="3/hour", REDIS_ADDR=redis_server.address)
+    service = start_service(RATE_LIMIT="20/hour", REDIS_ADDR=redis_server.address)
     wait_until(lambda: service.metric("redis_up") == 1)
-    assert statuses(service, 4) == [200, 200, 200, 429]
+    assert statuses(service, 20).count(200) == 20
     break_it(redis_server)
-    assert statuses(service, 4) == [200, 200, 200, 429], "a bucket of its own"
+    # A bucket of its own, of which late answers of Redis' may have taken some before.
+    after = statuses(service, 25)
+    assert after.count(200) > 10
+    assert after[20:] == [429] * 5
     redis_server.resume()
 
 
@@ -263,7 +264,7 @@ def test_a_websocket_that_asks_for_nothing_is_closed(service: Service, message: 
 def test_another_limit_begins_with_a_full_bucket(
     start_service: StartService, redis_server: RedisServer
 ) -> None:
-    for rate in ("1/day", "1/minute"):
+    for rate in ("5/day", "5/minute"):
         service = start_service(RATE_LIMIT=rate, REDIS_ADDR=redis_server.address)
         wait_until(lambda service=service: service.metric("redis_up") == 1)  # type: ignore[misc]
-        assert statuses(service, 2) == [200, 429]
+        assert statuses(service, 5) == [200] * 5
