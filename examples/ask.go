@@ -31,7 +31,7 @@ type request struct {
 func main() {
 	url, question := "http://localhost:8000", "Hello!"
 	if len(os.Args) > 1 {
-		url = os.Args[1]
+		url = strings.TrimSuffix(os.Args[1], "/")
 	}
 	if len(os.Args) > 2 {
 		question = os.Args[2]

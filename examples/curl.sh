@@ -2,6 +2,7 @@
 # The API with curl alone:  ./curl.sh [URL]
 set -eu
 url=${1:-http://localhost:8000}
+url=${url%/}
 conversation=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # whoever knows it can read it
 
 echo "As JSON:"
