@@ -19,8 +19,9 @@ __all__ = ["Command", "Link", "open_link"]
 
 logger = logging.getLogger(__name__)
 
-BUDGET = 0.05
-"""Seconds that a question may take: no chat waits longer for what it can do without."""
+BUDGET = 0.025
+"""Seconds that a question may take. A chat asks two that it can do without, one after the other:
+its rate limit and its token counts; so it waits no longer than 50 ms."""
 PROBE_BUDGET = 1.0
 """Seconds that a probe may take; nobody waits for it, and a busy event loop must not fail it."""
 PROBE_INTERVAL = 0.5
@@ -307,7 +308,7 @@ async def open_link(address: str, password: str) -> AsyncIterator[Link]:
     """Open the link to Redis, which need not be there yet."""
     link = Link(connect(address, password))
     try:
-        await link.probe(BUDGET)
+        await link.probe(PROBE_INTERVAL)
         link.start()
         yield link
     finally:
