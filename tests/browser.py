@@ -112,8 +112,11 @@ def open_chat(browser: Browser, service: Service, **options: Any) -> Iterator[Ch
         page.goto(service.url)
         yield Chat(page)
         expected = r"/conversations/|WebSocket connection to|Failed to load resource"
-        assert [fault for fault in faults if not re.search(expected, fault)] == []
-        assert [url for url in asked if not url.startswith(service.url)] == []
+        expected += r"|Autofocus processing was blocked|was preloaded"  # said on a busy machine
+        faults = [fault for fault in faults if not re.search(expected, fault)]
+        assert not faults, faults
+        foreign = [url for url in asked if not url.startswith(service.url)]
+        assert not foreign, foreign
 
 
 @contextmanager
