@@ -32,13 +32,22 @@ def without_overlap(
     return sent
 
 
-def split(sent: Sequence[Message]) -> tuple[list[Exchange], list[Message]]:
-    """Return the exchanges that a request tells of, and the messages that it asks to reply to."""
+def split(
+    sent: Sequence[Message], history: Sequence[Exchange] = ()
+) -> tuple[list[Exchange], list[Message]]:
+    """
+    Return the exchanges that a request tells of, and the messages that it asks to reply to.
+
+    Args:
+        sent: the messages that are new.
+        history: the stored exchanges before them, which then go along as far as they did before.
+    """
+    preceding = history[-1].preceding + 1 if history else 0
     told: list[Exchange] = []
     begin = 0
     for end, message in enumerate(sent, 1):
         if message.role == "assistant":
-            told.append(Exchange(tuple(sent[begin:end]), preceding=len(told)))
+            told.append(Exchange(tuple(sent[begin:end]), preceding=preceding + len(told)))
             begin = end
     return told, list(sent[begin:])
 

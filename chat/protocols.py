@@ -8,7 +8,7 @@ connections.
 
 import asyncio
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -17,7 +17,6 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState, PayloadTooBig, SecurityError
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
-from websockets.protocol import State
 
 from chat import metrics
 from chat.errors import BodyTooLarge, TooManyConnections
@@ -254,7 +253,7 @@ class WebSocketProtocol(Guarded, WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         self._frames = 0
         self._stop_timer()
-        if self.conn.state is State.OPEN:  # else a close came behind it, in the same read
+        with suppress(InvalidState):  # of what is no text, with a close in the same read
             super().send_receive_event_to_app()
 
     def pause_writing(self) -> None:

@@ -199,11 +199,14 @@ class ChatService:
             conversation = SHARED
         stored = await self._history.read(conversation) if conversation else ()
         is_full = len(stored) >= self._settings.max_exchanges
-        told, new = split(without_overlap(stored, request.messages, is_full=is_full))
-        history = newest([*stored, *told], CONSIDERED_MESSAGES)
+        told, new = split(without_overlap(stored, request.messages, is_full=is_full), stored)
+        earlier = [*stored, *told]
+        if conversation:
+            earlier = earlier[-self._settings.max_exchanges :]
+        history = newest(earlier, CONSIDERED_MESSAGES)
         counts = await self._counts.count([*flatten(history), *new])
         costs = _costs(history, counts)
-        preceding = fit(
+        kept = fit(
             history,
             costs,
             fixed=self._system_tokens + _total(counts[len(counts) - len(new) :]),
@@ -211,7 +214,7 @@ class ChatService:
             context_tokens=self._settings.context_tokens,
         )
         turn = Turn(conversation, history, new, counts, told)
-        turn.keep_newest(preceding)
+        turn.keep_newest(kept)
         return turn
 
     async def _ask(self, turn: Turn, reply: Reply) -> None:

@@ -2,11 +2,11 @@
 
 import { randomUUID } from "node:crypto";
 
-const [url = "http://localhost:8000/", question = "Hello!"] = process.argv.slice(2);
+const [url = "http://localhost:8000", question = "Hello!"] = process.argv.slice(2);
 
 /** Yield the reply's tokens as they come. */
 async function* reply(question, conversation) {
-  const answer = await fetch(new URL("chat", url), {
+  const answer = await fetch(`${url.replace(/\/$/, "")}/chat`, {
     method: "POST",
     headers: { "Content-Type": "application/json", Accept: "text/event-stream" },
     body: JSON.stringify({ messages: [{ role: "user", content: question }], conversation }),

@@ -132,8 +132,15 @@ def upgrade(connection: socket.socket) -> None:
 
 def ask_over_websocket(connection: socket.socket, service: Service) -> None:
     upgrade(connection)
-    text = json.dumps(body("large")).encode()
-    connection.sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)  # masked with zeros
+    connection.sendall(frame_of(json.dumps(body("large")).encode()))
+
+
+def frame_of(text: bytes) -> bytes:
+    """Return the frame of a text, masked with zeros."""
+    size = bytes((0x80 | len(text),))
+    if len(text) > 125:
+        size = bytes((0x80 | 126,)) + len(text).to_bytes(2, "big")
+    return b"\x81" + size + bytes(4) + text
 
 
 ASKS = {"sse": ask_for_events, "json": ask_for_json, "websocket": ask_over_websocket}
@@ -343,6 +350,21 @@ def test_a_bad_message_before_a_close_is_no_fault_of_ours(start_service: StartSe
         everything_from(connection)
     service.log_line(endpoint="/chat", method="GET", status=101)
     assert "ERROR" not in service.process.output
+
+
+@pytest.mark.parametrize("command", [Service, UvicornService])
+def test_a_cancel_before_a_close_keeps_what_was_sent(
+    groq: FakeGroq, conversation: str, command: type[Service]
+) -> None:
+    groq.on("held", Script(["a", "b"], hold_before_token=1))
+    with command(GROQ_BASE_URL=groq.url) as service, connected(service) as connection:
+        upgrade(connection)
+        asked = json.dumps(body("held", conversation)).encode()
+        connection.sendall(frame_of(asked))
+        connection.recv(4096)
+        connection.sendall(frame_of(b'{"cancel":true}') + b"\x88\x82\0\0\0\0\x03\xe8")
+        everything_from(connection)
+        wait_until(lambda: service.contents(conversation) == ["held", "a"])
 
 
 @pytest.mark.parametrize("count", [100, 950])

@@ -342,6 +342,36 @@ def test_of_a_transcript_that_is_too_long_the_newest_exchanges_go_along_and_all_
     assert len(service.messages(conversation)) == len(sent) + 1
 
 
+def test_an_exchange_that_a_caller_tells_of_pushes_no_stored_ones_out_of_the_prompt(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(CONTEXT_TOKENS=400, MAX_TOKENS=100)
+    for number in range(15):
+        service.reply(f"{number} {'word ' * 10}", conversation)
+    before = len(groq.requests[-1].contents)
+    assert before < 29, "the context is full"
+    told = [{"role": "assistant", "content": "hm"}, {"role": "user", "content": "well?"}]
+    service.http.post("/chat", json={"messages": told, "conversation": conversation})
+    assert len(groq.requests[-1].contents) > before // 2
+
+
+def test_of_a_transcript_no_more_exchanges_go_along_than_are_kept(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service(MAX_EXCHANGES=3)
+    transcript = [
+        {"role": role, "content": f"{role} {number}"}
+        for number in range(8)
+        for role in ("user", "assistant")
+    ]
+    for number in range(3):
+        transcript.append({"role": "user", "content": f"question {number}"})
+        asked = {"messages": transcript, "conversation": conversation}
+        reply = service.http.post("/chat", json=asked).json()["response"]
+        assert groq.requests[-1].body["messages"] == transcript[-7:]
+        transcript.append({"role": "assistant", "content": reply})
+
+
 def test_the_number_of_conversations_is_limited_and_counted(start_service: StartService) -> None:
     service = start_service(MAX_CONVERSATIONS=3)
     for number in range(5):

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import pytest
 import redis
@@ -50,15 +51,16 @@ def test_learned_counts_are_kept_for_a_day_under_a_hash(
 def test_another_replica_knows_what_one_has_learned(
     start_service: StartService, groq: FakeGroq, redis_server: RedisServer
 ) -> None:
-    one = start_service(REDIS_ADDR=redis_server.address)
-    learn("hello", one, redis_server)
-    other = start_service(REDIS_ADDR=redis_server.address)
+    one, other = (start_service(REDIS_ADDR=redis_server.address) for _ in range(2))
 
-    def has_hit() -> bool:
-        other.reply("hello")
-        return other.metric("token_cache_lookups_total", result="hit") > 0
+    def is_known() -> bool:  # of a message that the other one was never asked before
+        content = conversation = uuid4().hex
+        one.reply(content, conversation)
+        hits = other.metric("token_cache_lookups_total", result="hit")
+        other.reply(content, conversation)
+        return other.metric("token_cache_lookups_total", result="hit") > hits
 
-    wait_until(has_hit)
+    wait_until(is_known)
 
 
 def learn(content: str, service: Service, server: RedisServer) -> None:

@@ -52,6 +52,7 @@ def shape(page: Page, text: str) -> str:
         ("~~gone~~ ~5 ~6", "<p><del>gone</del> ~5 ~6</p>"),
         ("**Note:**text", "<p><strong>Note:</strong>text</p>"),
         ("**open *one", "<p>**open *one</p>"),
+        ("***a******b***", "<p><em><strong>a</strong></em><em><strong>b</strong></em></p>"),
         ("**a*b** **2*3=6**", "<p><strong>a*b</strong> <strong>2*3=6</strong></p>"),
         ("*a **b*", "<p><em>a **b</em></p>"),
         (r"\*no\* \`no\` \a \(x\) \[y\]", r"<p>*no* `no` \a \(x\) \[y\]</p>"),

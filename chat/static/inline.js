@@ -210,7 +210,7 @@ class InlineReader {
     return this.#frames.findLastIndex(
       (frame) =>
         frame.mark === mark &&
-        !((frame.canClose || canOpen) && (frame.length + length) % 3 === 0),
+        !((frame.canClose || canOpen) && (frame.length + length) % 3 === 0 && length % 3 !== 0),
     );
   }
 

@@ -115,9 +115,10 @@ function ask(exchange) {
 }
 
 async function requestFor({ question }) {
+  const { conversation } = session;
   const earlier = (await isForgotten()) ? storedBefore() : [];
   const messages = [...earlier, { role: "user", content: question }];
-  return { messages, conversation: session.conversation };
+  return { messages, conversation };
 }
 
 /** Tell whether the service has lost the conversation, as it does with its memory at a restart. */
