@@ -197,11 +197,17 @@ class Caller:
         return connection
 
     def messages(self, conversation: str) -> list[dict[str, str]]:
-        """Return what is stored of a conversation."""
-        answer = self.http.get(f"/conversations/{conversation}")
-        if answer.status_code == 404:
+        """Return what is stored of a conversation, once the history can be reached."""
+        answers: list[httpx.Response] = []
+
+        def is_reached() -> bool:
+            answers.append(self.http.get(f"/conversations/{conversation}"))
+            return answers[-1].status_code != 503
+
+        wait_until(is_reached)
+        if answers[-1].status_code == 404:
             return []
-        messages: list[dict[str, str]] = answer.json()["messages"]
+        messages: list[dict[str, str]] = answers[-1].json()["messages"]
         return messages
 
     def contents(self, conversation: str) -> list[str]:
