@@ -97,11 +97,6 @@ def _check_host_and_port(url: str) -> None:
         raise ValueError
 
 
-def unicode_text(text: str) -> str:
-    text.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
-    return text
-
-
 @dataclass(frozen=True, slots=True)
 class Rate:
     """So many requests in so many seconds."""
@@ -146,12 +141,12 @@ def _parts(text: str) -> list[str]:
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind(lambda text: BOOLEANS[text.lower()], "true or false")
-ANY_TEXT = Kind(unicode_text, "text in UTF-8")
-ANY_SECRET = Kind(unicode_text, "text in UTF-8", secret=True)
+ANY_TEXT = Kind(str, "text in UTF-8")
+ANY_SECRET = Kind(str, "text in UTF-8", secret=True)
 BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
 API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
-MODEL_NAME = matching(r"[^\s\ud800-\udfff]+", "the name of a model, such as openai/gpt-oss-20b")
-OPTIONAL_MODEL_NAME = matching(r"[^\s\ud800-\udfff]*", "the name of a model, or empty for none")
+MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
+OPTIONAL_MODEL_NAME = matching(r"\S*", "the name of a model, or empty for none")
 EFFORT = matching("low|medium|high", "low, medium or high")
 RATE = Kind(rate, "a rate such as 30/minute (second, minute, hour, day), or empty for none")
 NETWORKS = Kind(networks, "addresses or networks such as 10.0.0.0/8, with commas between them")
@@ -241,6 +236,7 @@ def load_settings(
 
 def _parse(name: str, text: str, kind: Kind) -> Any:
     try:
+        text.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
         return kind.parse(text)
     except (ValueError, KeyError):
         is_secret = kind.secret or "@" in text  # a URL with a password

@@ -26,6 +26,8 @@ PROBE_BUDGET = 1.0
 """Seconds that a probe may take; nobody waits for it, and a busy event loop must not fail it."""
 PROBE_INTERVAL = 0.5
 """Seconds between two probes."""
+FIRST_PROBE_BUDGET = 0.5
+"""Seconds that the start waits for the first one: a Redis that hangs must not delay it for long."""
 COUNT_BUDGET = 1.0
 """Seconds that a count of keys may take."""
 BATCH = 500
@@ -308,7 +310,7 @@ async def open_link(address: str, password: str) -> AsyncIterator[Link]:
     """Open the link to Redis, which need not be there yet."""
     link = Link(connect(address, password))
     try:
-        await link.probe(PROBE_INTERVAL)
+        await link.probe(FIRST_PROBE_BUDGET)
         link.start()
         yield link
     finally:

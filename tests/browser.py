@@ -3,14 +3,14 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.servers import Service
+from tests.servers import Service, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -88,6 +88,10 @@ class Chat:
         self.say(text)
         expect(self.finished).to_have_count(before + 1)
         return self.replies.last
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what a route's handler does: it is called while the page is spoken to."""
+        wait_until(lambda: self.page.evaluate("true") and condition())
 
     @property
     def finished(self) -> Locator:

@@ -11,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, Locator, Page, Route, WebSocket, WebSocketRoute, expect
 
 from tests.browser import HOSTILE, RICH, Chat, browser, closing_context, needs_browser, open_chat
+from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, wait_until
 
@@ -22,6 +23,18 @@ PHONE = {"width": 320, "height": 640}
 @pytest.fixture
 def chat(browser: Browser, service: Service, groq: FakeGroq) -> Iterator[Chat]:
     with open_chat(browser, service) as opened:
+        yield opened
+
+
+@pytest.fixture
+def own_service(start_service: StartService) -> Service:
+    """A service that the test may end, and start again."""
+    return start_service()
+
+
+@pytest.fixture
+def own_chat(browser: Browser, own_service: Service) -> Iterator[Chat]:
+    with open_chat(browser, own_service) as opened:
         yield opened
 
 
@@ -299,126 +312,100 @@ def attributes(element: Locator) -> set[str]:
 
 
 def test_the_connection_comes_back_after_a_restart_with_the_conversation(
-    browser: Browser, groq: FakeGroq
+    own_service: Service, own_chat: Chat, groq: FakeGroq
 ) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.ask("before")
-        service.process.end()
-        expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
-        service.start()
-        expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden(timeout=15_000)
-        chat.ask("after")
-        # The service has forgotten what was in its memory, and is told again.
-        assert groq.requests[-1].contents == ["before", "You said: before", "after"]
-        chat.page.reload()
-        expect(chat.questions).to_have_text(["before", "after"])
+    own_chat.ask("before")
+    own_service.process.end()
+    expect(own_chat.page.get_by_text("Reconnecting…")).to_be_visible()
+    own_service.start()
+    expect(own_chat.page.get_by_text("Reconnecting…")).to_be_hidden(timeout=15_000)
+    own_chat.ask("after")
+    # The service has forgotten what was in its memory, and is told again.
+    assert groq.requests[-1].contents == ["before", "You said: before", "after"]
+    own_chat.page.reload()
+    expect(own_chat.questions).to_have_text(["before", "after"])
 
 
 def test_a_reply_that_a_lost_connection_cuts_can_be_tried_again(
-    browser: Browser, groq: FakeGroq
+    own_service: Service, own_chat: Chat, groq: FakeGroq
 ) -> None:
     groq.on("slow", Script(["a", "b"], hold_before_token=1))
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.say("slow")
-        expect(chat.replies.last).to_have_text("a")
-        service.process.send_signal(signal.SIGKILL)
-        service.process.end()
-        expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
-        expect(chat.replies.last).to_have_text("a")
-        service.start()
-        groq.release()
-        chat.again.click()
-        expect(chat.replies.last).to_have_text("ab")
+    own_chat.say("slow")
+    expect(own_chat.replies.last).to_have_text("a")
+    own_service.process.send_signal(signal.SIGKILL)
+    own_service.process.end()
+    expect(own_chat.log.get_by_text("The connection was lost.")).to_be_visible()
+    expect(own_chat.replies.last).to_have_text("a")
+    own_service.start()
+    groq.release()
+    own_chat.again.click()
+    expect(own_chat.replies.last).to_have_text("ab")
 
 
 def test_a_message_of_which_nothing_was_heard_is_sent_once_more(
-    browser: Browser, groq: FakeGroq
+    own_service: Service, own_chat: Chat, groq: FakeGroq
 ) -> None:
     groq.on("silent", Script(["now"], hold_before_token=0))
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.say("silent")
-        groq.wait_for_request("silent")
-        service.process.send_signal(signal.SIGKILL)
-        service.process.end()
-        groq.release()
-        service.start()
-        expect(chat.replies.last).to_have_text("now", timeout=15_000)
-        assert len(groq.asked("silent")) == 2
+    own_chat.say("silent")
+    groq.wait_for_request("silent")
+    own_service.process.send_signal(signal.SIGKILL)
+    own_service.process.end()
+    groq.release()
+    own_service.start()
+    expect(own_chat.replies.last).to_have_text("now", timeout=15_000)
+    assert len(groq.asked("silent")) == 2
 
 
-def test_stop_does_not_wait_for_a_service_that_hangs(browser: Browser, groq: FakeGroq) -> None:
+def test_stop_does_not_wait_for_a_service_that_hangs(
+    own_service: Service, own_chat: Chat, groq: FakeGroq
+) -> None:
     groq.on("slow", Script(["a", "b"], hold_before_token=1))
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.page.clock.install()
-        chat.say("slow")
-        expect(chat.replies.last).to_have_text("a")
-        service.process.send_signal(signal.SIGSTOP)
-        chat.stop.click()
-        chat.page.clock.fast_forward("00:06")
-        expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
-        service.process.send_signal(signal.SIGCONT)
+    own_chat.page.clock.install()
+    own_chat.say("slow")
+    expect(own_chat.replies.last).to_have_text("a")
+    own_service.process.send_signal(signal.SIGSTOP)
+    own_chat.stop.click()
+    own_chat.page.clock.fast_forward("00:06")
+    expect(own_chat.log.get_by_text("The connection was lost.")).to_be_visible()
+    own_service.process.send_signal(signal.SIGCONT)
 
 
-def test_a_message_waits_for_a_service_that_restarts(browser: Browser, groq: FakeGroq) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.ask("before")
-        service.process.end()
-        chat.say("meanwhile")
-        expect(chat.log.locator("[data-state=waiting]")).to_be_visible()
-        service.start()
-        expect(chat.replies.last).to_have_text("You said: meanwhile", timeout=15_000)
+def test_a_message_waits_for_a_service_that_restarts(own_service: Service, own_chat: Chat) -> None:
+    own_chat.ask("before")
+    own_service.process.end()
+    own_chat.say("meanwhile")
+    expect(own_chat.log.locator("[data-state=waiting]")).to_be_visible()
+    own_service.start()
+    expect(own_chat.replies.last).to_have_text("You said: meanwhile", timeout=15_000)
 
 
-def test_a_service_that_stays_away_is_an_error(browser: Browser, groq: FakeGroq) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.page.clock.install()
-        chat.page.reload()
-        chat.ask("before")
-        service.process.end()
-        chat.say("hello")
-        expect(chat.log.locator("[data-state=waiting]")).to_be_visible()
-        chat.page.clock.fast_forward("00:20")
-        expect(chat.log.get_by_text("The service cannot be reached.")).to_be_visible()
-        service.start()
-        chat.again.click()
-        expect(chat.replies.last).to_have_text("You said: hello")
+def test_a_service_that_stays_away_is_an_error(own_service: Service, own_chat: Chat) -> None:
+    own_chat.page.clock.install()
+    own_chat.page.reload()
+    own_chat.ask("before")
+    own_service.process.end()
+    own_chat.say("hello")
+    expect(own_chat.log.locator("[data-state=waiting]")).to_be_visible()
+    own_chat.page.clock.fast_forward("00:20")
+    expect(own_chat.log.get_by_text("The service cannot be reached.")).to_be_visible()
+    own_service.start()
+    own_chat.again.click()
+    expect(own_chat.replies.last).to_have_text("You said: hello")
 
 
 def test_a_question_is_not_left_waiting_by_a_service_that_was_away_for_long(
-    browser: Browser, groq: FakeGroq
+    own_service: Service, own_chat: Chat
 ) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        chat.page.clock.install()
-        chat.page.reload()
-        chat.ask("before")
-        service.process.end()
-        for _ in range(8):
-            with chat.page.expect_websocket():
-                chat.page.clock.fast_forward("00:20")
-        chat.say("hello")
-        service.start()
-        expect(chat.replies.last).to_have_text("You said: hello", timeout=10_000)
+    own_chat.page.clock.install()
+    own_chat.page.reload()
+    own_chat.ask("before")
+    own_service.process.end()
+    for _ in range(8):
+        with own_chat.page.expect_websocket():
+            own_chat.page.clock.fast_forward("00:20")
+    own_chat.say("hello")
+    own_service.start()
+    expect(own_chat.replies.last).to_have_text("You said: hello", timeout=10_000)
 
 
 def test_a_connection_closed_for_idleness_comes_back_with_the_next_message(
@@ -449,20 +436,15 @@ def test_a_question_that_crosses_the_close_for_idleness_is_asked_again(
 
 
 def test_a_question_that_crosses_the_end_of_a_replica_is_asked_again(
-    browser: Browser, groq: FakeGroq
+    own_service: Service, own_chat: Chat
 ) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        on_its_way = never_deliver_the_first(chat)
-        chat.say("hello")
-        # the route's handler is called while the page is spoken to
-        wait_until(lambda: chat.page.evaluate("true") and on_its_way == ["hello"])
-        service.process.end()
-        expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
-        service.start()
-        expect(chat.replies.last).to_have_text("You said: hello", timeout=15_000)
+    on_its_way = never_deliver_the_first(own_chat)
+    own_chat.say("hello")
+    own_chat.wait_until(lambda: on_its_way == ["hello"])
+    own_service.process.end()
+    expect(own_chat.page.get_by_text("Reconnecting…")).to_be_visible()
+    own_service.start()
+    expect(own_chat.replies.last).to_have_text("You said: hello", timeout=15_000)
 
 
 def never_deliver_the_first(chat: Chat) -> list[str]:
@@ -501,24 +483,20 @@ def refuse(socket: WebSocketRoute) -> None:
     socket.close(code=1008)
 
 
-def test_a_hidden_page_does_not_go_on_reconnecting(browser: Browser, groq: FakeGroq) -> None:
-    with (
-        Service(GROQ_BASE_URL=groq.url) as service,
-        open_chat(browser, service) as chat,
-    ):
-        attempts: list[WebSocket] = []
-        chat.ask("before")
-        chat.page.clock.install()
-        chat.page.on("websocket", lambda socket: attempts.append(socket))  # noqa: PLW0108
-        hide(chat.page, is_hidden=True)
-        service.process.end()
-        expect(chat.page.get_by_text("Reconnecting…")).to_be_attached()
-        chat.page.clock.fast_forward("10:00")
-        assert attempts == []
-        service.start()
-        hide(chat.page, is_hidden=False)
-        expect(chat.page.locator("#notice")).to_be_hidden()
-        assert len(attempts) == 1
+def test_a_hidden_page_does_not_go_on_reconnecting(own_service: Service, own_chat: Chat) -> None:
+    attempts: list[WebSocket] = []
+    own_chat.ask("before")
+    own_chat.page.clock.install()
+    own_chat.page.on("websocket", lambda socket: attempts.append(socket))  # noqa: PLW0108
+    hide(own_chat.page, is_hidden=True)
+    own_service.process.end()
+    expect(own_chat.page.get_by_text("Reconnecting…")).to_be_attached()
+    own_chat.page.clock.fast_forward("10:00")
+    assert attempts == []
+    own_service.start()
+    hide(own_chat.page, is_hidden=False)
+    expect(own_chat.page.locator("#notice")).to_be_hidden()
+    assert len(attempts) == 1
 
 
 def hide(page: Page, *, is_hidden: bool) -> None:
@@ -593,8 +571,7 @@ def held_loading(chat: Chat, load: Callable[[], object]) -> Route:
     held: list[Route] = []
     chat.page.route("**/conversations/*", lambda route: held.append(route), times=1)  # noqa: PLW0108
     load()
-    # the route's handler is called while the page is spoken to
-    wait_until(lambda: chat.page.evaluate("true") and held != [])
+    chat.wait_until(lambda: held != [])
     return held[0]
 
 

@@ -79,6 +79,7 @@ def test_redis_may_be_left_out() -> None:
         ),
         ("GROQ_BASE_URL", "http://localhost:99999/v1", "an http:// or https:// URL"),
         ("GROQ_BASE_URL", "http://[zz/v1", "an http:// or https:// URL"),
+        ("GROQ_BASE_URL", "http://a/\udcff", "an http:// or https:// URL"),
         ("GROQ_BASE_URL", "http://a..b/v1", "an http:// or https:// URL"),
         ("REDIS_ADDR", "localhost:99999", "host:port"),
         ("REDIS_ADDR", "a..b:6379", "host:port"),

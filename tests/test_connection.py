@@ -11,6 +11,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
+from websockets.frames import Close, Frame, Opcode
 
 from chat.protocols import HTTPProtocol, WebSocketProtocol
 from tests.conftest import StartService
@@ -136,11 +137,10 @@ def ask_over_websocket(connection: socket.socket, service: Service) -> None:
 
 
 def frame_of(text: bytes) -> bytes:
-    """Return the frame of a text, masked with zeros."""
-    size = bytes((0x80 | len(text),))
-    if len(text) > 125:
-        size = bytes((0x80 | 126,)) + len(text).to_bytes(2, "big")
-    return b"\x81" + size + bytes(4) + text
+    return Frame(Opcode.TEXT, text).serialize(mask=True)
+
+
+CLOSE = Frame(Opcode.CLOSE, Close(1000, "").serialize()).serialize(mask=True)
 
 
 ASKS = {"sse": ask_for_events, "json": ask_for_json, "websocket": ask_over_websocket}
@@ -346,7 +346,7 @@ def test_a_bad_message_before_a_close_is_no_fault_of_ours(start_service: StartSe
     service = start_service()
     with connected(service) as connection, suppress(ConnectionError):
         upgrade(connection)
-        connection.sendall(b"\x81\x81\0\0\0\0\xff" + b"\x88\x82\0\0\0\0\x03\xe8")
+        connection.sendall(frame_of(b"\xff") + CLOSE)
         everything_from(connection)
     service.log_line(endpoint="/chat", method="GET", status=101)
     assert "ERROR" not in service.process.output
@@ -362,7 +362,7 @@ def test_a_cancel_before_a_close_keeps_what_was_sent(
         asked = json.dumps(body("held", conversation)).encode()
         connection.sendall(frame_of(asked))
         connection.recv(4096)
-        connection.sendall(frame_of(b'{"cancel":true}') + b"\x88\x82\0\0\0\0\x03\xe8")
+        connection.sendall(frame_of(b'{"cancel":true}') + CLOSE)
         everything_from(connection)
         wait_until(lambda: service.contents(conversation) == ["held", "a"])
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from chat.config import Rate
-from chat.limits import Allowance, RateLimiter
+from chat.limits import CLIENTS, Allowance, RateLimiter
 from chat.link import open_link
 from tests.clock import Clock
 from tests.conftest import StartService
@@ -95,6 +95,41 @@ def test_refused_requests_cost_nothing(store: str, redis_server: RedisServer) ->
 
     waits = asyncio.run(scenario())
     assert max(waits) <= 86_400
+
+
+def test_limiters_on_one_redis_share_a_bucket_to_the_last_request(
+    redis_server: RedisServer,
+) -> None:
+    async def scenario() -> list[bool]:
+        rate = Rate(4, "hour")
+        async with (
+            limiter_on("redis", redis_server, rate) as one,
+            limiter_on("redis", redis_server, rate) as other,
+        ):
+            takers = [one, one, one, other, other, one]
+            return [(await each.take("198.51.100.7")).is_allowed for each in takers]
+
+    assert asyncio.run(scenario()) == [True, True, True, True, False, False]
+
+
+def test_another_rate_has_another_bucket_on_the_same_redis(redis_server: RedisServer) -> None:
+    async def scenario(rate: Rate) -> list[bool]:
+        async with limiter_on("redis", redis_server, rate) as limiter:
+            return [(await limiter.take("198.51.100.7")).is_allowed for _ in range(2)]
+
+    for rate in (Rate(1, "day"), Rate(1, "minute")):
+        assert asyncio.run(scenario(rate)) == [True, False]
+
+
+def test_a_process_remembers_only_so_many_clients() -> None:
+    async def scenario() -> tuple[bool, bool]:
+        limiter = RateLimiter(Rate(1, "day"), None)
+        for number in range(CLIENTS + 1):
+            assert (await limiter.take(f"client {number}")).is_allowed
+        newest, oldest = await limiter.take(f"client {CLIENTS}"), await limiter.take("client 0")
+        return newest.is_allowed, oldest.is_allowed
+
+    assert asyncio.run(scenario()) == (False, True)
 
 
 def statuses(service: Service, count: int, **headers: str) -> list[int]:

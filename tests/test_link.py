@@ -63,11 +63,6 @@ def test_another_replica_knows_what_one_has_learned(
     wait_until(is_known)
 
 
-def learn(content: str, service: Service, server: RedisServer) -> None:
-    """Have the counts of a message and its reply in Redis, however late it may answer."""
-    wait_until(lambda: bool(service.reply(content)) and len(stored(server)) == 2)
-
-
 def test_redis_with_a_password(start_service: StartService, groq: FakeGroq) -> None:
     with RedisServer("--requirepass", "open sesame") as server:
         right = start_service(REDIS_ADDR=server.address, REDIS_PASSWORD="open sesame")
@@ -84,7 +79,7 @@ def test_what_somebody_else_stored_there_is_a_miss(
     start_service: StartService, groq: FakeGroq, redis_server: RedisServer
 ) -> None:
     one = start_service(REDIS_ADDR=redis_server.address)
-    learn("hello", one, redis_server)
+    wait_until(lambda: bool(one.reply("hello")) and len(stored(redis_server)) == 2)
     with redis.Redis(port=redis_server.port) as client:
         for key in client.keys():  # noqa: SIM118
             client.set(key, "nonsense")
