@@ -36,7 +36,7 @@ from tests.servers import (
 @pytest.fixture
 def durable_redis() -> Iterator[RedisServer]:
     """A Redis server that writes down what it is told before it says so."""
-    with RedisServer("--appendonly", "yes") as server:
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as server:
         yield server
 
 
