@@ -1,27 +1,27 @@
 """
-The load: callers over raw sockets, in a process of their own; its measurements as one line of JSON.
+The load: callers over raw connections, in a process of their own. Prints one line of JSON.
 
-Every reply is checked: as many tokens as were ordered, and a proper end.
+Every reply is checked for the number of tokens and a proper end.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import re
 import resource
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
 
 import uvloop
 
-TOKENS = {"sse": b"data:  token", "direct": b'"content":" token"', "ws": b'"token":" token"'}
-TOKENS["json"] = TOKENS["direct-json"] = b" token"
-RAMP = 100
-"""Connections that are opened at a time."""
+# What each token of a reply looks like; ` token` in JSON.
+MARKERS = {"sse": b"data:  token", "ws": b'"token":" token"', "direct": b'"content":" token"'}
+RAMP = 100  # connections that are opened at the same time
+UPGRADE = (
+    b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 @dataclass
@@ -32,152 +32,104 @@ class Order:
     host: str
     port: int
     callers: int
-    tokens: int
-    interval: float
-    seconds: float
-    """How long they ask again; 0 for once."""
-    stagger: float = 0.0
-    """Seconds between the first requests of two callers."""
+    tokens: int  # tokens in each reply
+    interval: float = 0.0  # seconds between tokens; bench/standin.py defines the special values
+    seconds: float = 0.0  # how long callers keep asking; each finishes the chat that it has begun
+    chats: int = 1  # each caller's minimum number of chats
+    stagger: float = 0.0  # seconds between the first requests of consecutive callers
+    conversation: str = ""  # prefix of the callers' conversation ids; else, each chat has its own
+    hold: bool = False  # print `held` once every caller has its first token; keep the streams open
 
 
-@dataclass
-class Results:
-    callers: int = 0
-    replies: int = 0
-    wrong: int = 0
-    first: list[float] = field(default_factory=list)
-    """Seconds from each request to its first token."""
+class Caller:
+    """One connection, which sends one chat after another."""
 
-
-def http_request(order: Order) -> bytes:
-    path = "/openai/v1/chat/completions" if order.mode.startswith("direct") else "/chat"
-    body = chat_body(order)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def chat_body(order: Order) -> bytes:
-    message = {"role": "user", "content": f"bench {order.tokens} {order.interval}"}
-    asked = {"messages": [message], "conversation": uuid.uuid4().hex}
-    if order.mode != "ws":
-        asked["stream"] = "json" not in order.mode  # type: ignore[assignment]
-    return json.dumps(asked, separators=(",", ":")).encode()
-
-
-def socket_message(payload: bytes) -> bytes:
-    """Return a masked text frame; its mask is zero, so that the payload stands as it is."""
-    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe"
-    if len(payload) >= 126:
-        size += len(payload).to_bytes(2, "big")
-    return b"\x81" + size + b"\0\0\0\0" + payload
-
-
-UPGRADE = (
-    b"GET /chat HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-
-
-class Caller(asyncio.Protocol):
-    """One connection, which asks again and again."""
-
-    def __init__(self, order: Order, results: Results, deadline: float, *, hold: bool) -> None:
-        self.hold = hold
-        self.delay = results.callers * order.stagger
-        results.callers += 1
+    def __init__(self, number: int, order: Order) -> None:
+        self.number = number
         self.order = order
-        self.results = results
-        self.deadline = deadline
-        loop = asyncio.get_running_loop()
-        self.first_token = loop.create_future()
-        self.ended = loop.create_future()
+        self.marker = MARKERS.get(order.mode, b" token")
+        self.first: list[float] = []  # seconds from each request to its first token
+        self.wrong = 0
+        self.has_begun = asyncio.Event()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.is_upgrading = self.order.mode == "ws"
-        if self.is_upgrading:
-            self.transport.write(UPGRADE)
-        else:
-            asyncio.get_running_loop().call_later(self.delay, self.ask)
+    async def run(self, deadline: float) -> None:
+        order = self.order
+        self.reader, self.writer = await asyncio.open_connection(order.host, order.port)
+        if order.mode == "ws":
+            self.writer.write(UPGRADE)
+            await self.reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(self.number * order.stagger)
+        while len(self.first) < order.chats or time.perf_counter() < deadline:
+            reply = await self.ask()
+            self.wrong += reply.count(self.marker) != order.tokens
+        self.writer.close()
 
-    def ask(self) -> None:
-        self.received: list[bytes] = []
-        is_socket = self.order.mode == "ws"
-        self.asked_at = time.perf_counter()
-        self.is_waiting = True
-        request = socket_message(chat_body(self.order)) if is_socket else http_request(self.order)
-        self.transport.write(request)
+    async def ask(self) -> bytes:
+        """Send a chat; return the reply, up to where the connection was lost."""
+        received: list[bytes] = []
+        is_waiting, asked_at = True, time.perf_counter()
+        self.writer.write(self.request())
+        while data := await self.reader.read(1 << 20):
+            received.append(data)
+            if is_waiting and self.marker in data:
+                is_waiting = False
+                self.first.append(time.perf_counter() - asked_at)
+                self.has_begun.set()
+            if self.order.hold:
+                received.clear()
+            elif self.is_end(received):
+                return b"".join(received)
+        raise ConnectionError("closed in the middle of a reply")
 
-    def data_received(self, data: bytes) -> None:
-        if self.is_upgrading:
-            self.is_upgrading = False
-            return self.ask()
-        if self.hold and self.first_token.done():
-            return None
-        self.received.append(data)
-        if self.is_waiting and TOKENS[self.order.mode] in data:
-            self.is_waiting = False
-            self.results.first.append(time.perf_counter() - self.asked_at)
-            if not self.first_token.done():
-                self.first_token.set_result(None)
-        if self.is_end(data):
-            self.take_reply()
-
-    def is_end(self, data: bytes) -> bool:
+    def is_end(self, received: list[bytes]) -> bool:
         if self.order.mode == "ws":
-            return b'"done"' in data[-40:]
+            return b'"done"' in received[-1][-40:]
         if "json" in self.order.mode:
-            head, _, body = b"".join(self.received).partition(b"\r\n\r\n")
+            head, _, body = b"".join(received).partition(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head)
-            return bool(length) and len(body) == int(length[1])
-        return data.endswith(b"0\r\n\r\n")
+            return length is not None and len(body) == int(length[1])
+        return received[-1].endswith(b"0\r\n\r\n")
 
-    def take_reply(self) -> None:
-        self.results.replies += 1
-        count = b"".join(self.received).count(TOKENS[self.order.mode])
-        self.results.wrong += count != self.order.tokens
-        if time.perf_counter() < self.deadline:
-            self.ask()
-        else:
-            self.transport.close()
+    def request(self) -> bytes:
+        order = self.order
+        content, conversation = f"bench {order.tokens} {order.interval}", uuid.uuid4().hex
+        if order.conversation:  # a new question, about as long as its reply
+            content += f" {conversation}" + " token" * order.tokens
+            conversation = f"{order.conversation}-{self.number}"
+        message = {"role": "user", "content": content}
+        asked: dict[str, object] = {"messages": [message], "conversation": conversation}
+        if order.mode == "ws":
+            return socket_frame(json.dumps(asked, separators=(",", ":")).encode())
+        asked["stream"] = "json" not in order.mode
+        body = json.dumps(asked, separators=(",", ":")).encode()
+        path = "/openai/v1/chat/completions" if "direct" in order.mode else "/chat"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+
+def socket_frame(payload: bytes) -> bytes:
+    """Return a masked text frame; the mask is zero, so the payload is unchanged."""
+    length = len(payload)
+    size = bytes([0x80 | length]) if length < 126 else b"\xfe" + length.to_bytes(2, "big")
+    return b"\x81" + size + bytes(4) + payload
 
 
-async def run(order: Order, *, hold: bool) -> None:
-    results = Results()
+async def run(order: Order) -> None:
     started_at = time.perf_counter()
-    loop = asyncio.get_running_loop()
-    callers = []
-    for _ in range(0, order.callers, RAMP):
-        count = min(RAMP, order.callers - len(callers))
-        opening = [
-            loop.create_connection(
-                lambda: Caller(order, results, started_at + order.seconds, hold=hold),
-                order.host,
-                order.port,
-            )
-            for _ in range(count)
-        ]
-        callers += [caller for _, caller in await asyncio.gather(*opening)]
-        if hold:
-            await asyncio.gather(*(caller.first_token for caller in callers[-count:]))
-    if hold:
-        print("held", flush=True)
-        await loop.run_in_executor(None, sys.stdin.read)
-        os._exit(0)
-    await asyncio.gather(*(caller.ended for caller in callers))
-    elapsed = time.perf_counter() - started_at
-    print(json.dumps({"elapsed": elapsed, **vars(results)}), flush=True)
+    callers = [Caller(number, order) for number in range(order.callers)]
+    async with asyncio.TaskGroup() as tasks:
+        for number, caller in enumerate(callers, 1):
+            tasks.create_task(caller.run(started_at + order.seconds))
+            if order.hold and (number % RAMP == 0 or number == order.callers):
+                await asyncio.gather(*(opened.has_begun.wait() for opened in callers[:number]))
+        if order.hold:
+            print("held", flush=True)
+    elapsed, wrong = time.perf_counter() - started_at, sum(caller.wrong for caller in callers)
+    first = [seconds for caller in callers for seconds in caller.first]
+    print(json.dumps({"elapsed": elapsed, "wrong": wrong, "first": first}), flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("order", type=json.loads)
-    parser.add_argument("--hold", action="store_true")
-    options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    uvloop.run(run(Order(**options.order), hold=options.hold))
+    uvloop.run(run(Order(**json.loads(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""The callers of the soak: what they ask, how they behave, and how each reply has to end."""
+"""The callers of the soak: what they ask, how they behave, and how each reply must end."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import httpx
@@ -16,92 +17,75 @@ from tests.fake_groq import Script
 from tests.servers import body, events
 
 TRANSPORTS = ("json", "sse", "websocket")
-FAULT_SHARE = 0.1
-VANISHING_SHARE = 0.2
-CANCELLING_SHARE = 0.2
-CONVERSATION_SHARE = 0.5
-LONGEST_THOUGHT = 2.0
-"""Seconds between two questions of a caller, at most."""
-LONGEST_PATIENCE = 0.5
-"""Seconds until a caller vanishes who means to, at most: about as long as a good reply takes."""
-REPLY_LIMIT = 60.0
-"""Seconds after which a reply that has not ended never will."""
+LONGEST_PATIENCE = 0.5  # seconds until a caller vanishes, at most: about as long as a good reply
+REPLY_LIMIT = 60.0  # seconds after which a reply is taken to hang
 MOST_WORDS = 10
+# Groq reports token counts only for these few, so that the service's cache soon levels off.
 SHARED_QUESTIONS = 100
-"""Few, and Groq tells the tokens of these alone: so that the service soon remembers all that it is
-told, and its memory can be level."""
+# Longer than what `keep_secret` keeps of a text, so that one secret covers all questions.
 QUESTION = "a question that no line of the log may show:"
-"""Longer than what `keep_secret` keeps of a text, so that one secret stands for all questions."""
 BEGINNING = "You said:"
-DOWN = r"is down; try again in \d+ s"
-"""What the service says while its circuit breaker keeps it from asking Groq."""
+DOWN = r"is down; try again in \d+ s"  # the service's error while its circuit breaker is open
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What Groq does when a question names the fault, and what comes of it."""
+    """How Groq misbehaves when a question names the fault, and what the caller should get."""
 
     script: Script
     status: int
-    error: str
-    """A pattern."""
-    text: str = ""
-    """What comes before it, where the reply streams."""
-    is_early: bool = False
-    """Whether it comes before Groq's status, so that no event stream has begun."""
+    error: str  # a pattern
+    text: str = ""  # what a stream brings before the error; without it, the stream never begins
 
 
 FAULTS = {
-    "refused": Fault(Script(status=500), 502, "answered with status 500", is_early=True),
-    "hung up": Fault(Script(cut_before_status=True), 502, "cannot be reached", is_early=True),
-    "failed": Fault(Script(error_before_token=3), 502, "failed while it was replying", BEGINNING),
-    "cut": Fault(Script(cut_before_token=3), 502, "cut its|cannot be reached", BEGINNING),
-    "silent": Fault(Script(hold_before_token=3), 504, "did not answer in time", BEGINNING),
-    "nonsense": Fault(Script(body=b"data: nonsense\n\n"), 502, "sent something that is not"),
+    "refused": Fault(Script(status=500), 502, "answered with status 500"),
+    "hung up": Fault(Script(cut_before_status=True), 502, "is unreachable"),
+    "failed": Fault(Script(error_before_token=3), 502, "failed during the reply", BEGINNING),
+    "cut": Fault(Script(cut_before_token=3), 502, "cut the reply|is unreachable", BEGINNING),
+    "silent": Fault(Script(hold_before_token=3), 504, "did not respond in time", BEGINNING),
+    "nonsense": Fault(Script(body=b"data: nonsense\n\n"), 502, "sent an invalid response"),
     "empty": Fault(Script([]), 502, "sent an empty reply"),
 }
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One question, and what its caller means to do."""
+    """One question, and what its caller plans to do."""
 
     transport: str
     content: str
     conversation: str | None = None
     fault: str | None = None
-    patience: float | None = None
-    """Seconds until the caller vanishes."""
-    cancel_at: int | None = None
-    """Tokens until the caller cancels."""
+    patience: float | None = None  # seconds until the caller vanishes
+    cancel_at: int | None = None  # tokens until the caller cancels
 
     @property
     def echo(self) -> str:
-        """The whole reply, where nothing goes wrong."""
+        """The complete reply to a question without a fault."""
         return f"{BEGINNING} {self.content}"
 
 
 @dataclass
 class Received:
-    """What has come of a reply; over a WebSocket there is no status."""
+    """What a caller has received of a reply; over a WebSocket there is no status."""
 
     status: int | None = None
     text: str = ""
     error: str | None = None
     is_cancelled: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    began_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Seen:
     """What all callers have seen."""
 
-    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By transport; the ends are completed, cancelled, failed, refused and vanished."""
-    begun: Counter[str] = field(default_factory=Counter)
-    """By transport, those who vanished from a reply that had begun."""
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by transport and end
+    begun: Counter[str] = field(default_factory=Counter)  # the vanished whose reply had begun
     vanished_from_fault: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    """Those that a caller stayed for."""
+    faults: Counter[str] = field(default_factory=Counter)  # faults whose error a caller received
     wrong: list[str] = field(default_factory=list)
 
     def total(self, end: str) -> int:
@@ -109,75 +93,55 @@ class Seen:
 
 
 class WrongEnd(Exception):
-    """A reply that has not ended as it had to."""
+    """A reply did not end as it should."""
 
 
 def end_of(chat: Chat, received: Received) -> str:
-    """
-    Return how a reply has ended.
-
-    Raises:
-        WrongEnd: it must not end like that.
-    """
-    if received.is_cancelled and not received.error and chat.cancel_at is not None:
-        if chat.echo.startswith(received.text):
-            return "cancelled"
-    elif not received.is_cancelled:
-        for end, status, text, error in _right_ends(chat):
-            if _is_as_expected(received, status, text, error):
-                return end
-    raise WrongEnd
-
-
-def _right_ends(chat: Chat) -> list[tuple[str, int, str, str]]:
-    """Return the ends with their status, text and pattern of the error."""
-    refused = ("refused", 503, "", DOWN)
-    if chat.fault is None:
-        return [("completed", 200, chat.echo, ""), refused]
-    fault = FAULTS[chat.fault]
-    status = 200 if chat.transport == "sse" and not fault.is_early else fault.status
-    text = "" if chat.transport == "json" else fault.text
-    return [("failed", status, text, fault.error), refused]
-
-
-def _is_as_expected(received: Received, status: int, text: str, error: str) -> bool:
-    if received.status not in (status, None) or received.text != text:
-        return False
-    if received.error is None:
-        return not error
-    return bool(error) and re.search(error, received.error) is not None
+    """Return how a reply has ended; raise WrongEnd if it should not have ended like that."""
+    if received.is_cancelled:
+        if received.error or chat.cancel_at is None or not chat.echo.startswith(received.text):
+            raise WrongEnd
+        return "cancelled"
+    error = received.error or ""
+    if received.status in (503, None) and not received.text and re.search(DOWN, error):
+        return "refused"
+    end, status, text, pattern = "completed", 200, chat.echo, "^$"
+    if chat.fault:
+        fault = FAULTS[chat.fault]
+        end, pattern = "failed", fault.error
+        status = 200 if chat.transport == "sse" and fault.text else fault.status
+        text = "" if chat.transport == "json" else fault.text
+    is_expected = received.status in (status, None) and received.text == text
+    if not is_expected or not re.search(pattern, error):
+        raise WrongEnd
+    return end
 
 
 def take_stream(stream: bytes, received: Received) -> None:
-    """
-    Read an event stream, which ends with `[DONE]` or an error and nothing after it.
-
-    Raises:
-        WrongEnd: it does not.
-    """
+    """Read an event stream; raise WrongEnd unless its last event, and no other, is an end."""
     *tokens, last = events(iter([stream]))
-    received.text = "".join(each.data for each in tokens)
+    received.text = "".join(token.data for token in tokens)
     if last.name == "error":
         received.error = json.loads(last.data)["error"]
     elif last.data != "[DONE]":
         raise WrongEnd
-    if any(each.name == "error" for each in tokens):
+    if any(token.name == "error" for token in tokens):
         raise WrongEnd
 
 
 class Caller:
-    """
-    One caller, who asks again and again.
+    """One caller, who sends one chat after another."""
 
-    Attributes:
-        acknowledged: the exchanges of its conversation that it knows to be stored.
-        possible: those that it has vanished from: they are stored if they had ended by then.
-    """
+    fault_share = 0.1
+    vanishing_share = 0.2
+    cancelling_share = 0.2
+    conversation_share = 0.5
+    longest_thought = 2.0  # seconds between two questions, at most
 
     def __init__(self, number: int, seed: int, http: httpx.AsyncClient, seen: Seen) -> None:
         self.conversation = f"the-conversation-of-caller-{number}"
-        self.acknowledged: list[tuple[str, str]] = []
-        self.possible: list[tuple[str, str]] = []
+        self.acknowledged: list[tuple[str, str]] = []  # exchanges that must be stored
+        self.possible: list[tuple[str, str]] = []  # those whose end the caller does not know
         self._number = number
         self._chance = random.Random(f"{seed} {number}")
         self._http = http
@@ -187,10 +151,9 @@ class Caller:
 
     async def run(self, until: float) -> None:
         """Ask until that moment, then leave."""
-        await self._think()
         while time.monotonic() < until:
+            await asyncio.sleep(self._chance.uniform(0, self.longest_thought))
             await self.ask(self._next_chat())
-            await self._think()
         await self.leave()
 
     async def ask_over_each_transport(self) -> None:
@@ -200,36 +163,36 @@ class Caller:
 
     async def ask(self, chat: Chat) -> None:
         """Ask, behave as planned, and note how it ended."""
-        over = self._over_websocket if chat.transport == "websocket" else self._over_http
+        exchange = self._over_websocket if chat.transport == "websocket" else self._over_http
         received = Received()
         try:
             async with asyncio.timeout(chat.patience or REPLY_LIMIT):
-                await over(chat, received)
-            self._note(chat, received, end_of(chat, received))
+                await exchange(chat, received)
+            self._note(chat, received.text, end_of(chat, received))
         except TimeoutError:
             if chat.patience is None:
                 self._seen.wrong.append(f"no end: {chat}, {received}")
             await self._vanish(chat, received)
         except (WrongEnd, httpx.HTTPError, WebSocketException, OSError, ValueError) as error:
-            self._seen.wrong.append(f"{error!r}: {chat}, {received}")
+            self.note_failure(chat, received, error)
             await self.leave()
 
+    def note_failure(self, chat: Chat, received: Received, error: Exception) -> None:
+        self._seen.wrong.append(f"{error!r}: {chat}, {received}")
+
     async def leave(self) -> None:
-        """Close the WebSocket, if there is one, as the protocol asks."""
+        """Close the WebSocket, if there is one, with the closing handshake."""
         if self._socket:
             await self._socket.close()
         self._socket = None
 
-    async def _think(self) -> None:
-        await asyncio.sleep(self._chance.uniform(0, LONGEST_THOUGHT))
-
     def _next_chat(self) -> Chat:
         chance = self._chance
         transport = chance.choice(TRANSPORTS)
-        fault = chance.choice(list(FAULTS)) if chance.random() < FAULT_SHARE else None
-        vanishes = chance.random() < VANISHING_SHARE
-        cancels = transport == "websocket" and chance.random() < CANCELLING_SHARE
-        conversation = self.conversation if chance.random() < CONVERSATION_SHARE else None
+        fault = chance.choice(list(FAULTS)) if chance.random() < self.fault_share else None
+        vanishes = chance.random() < self.vanishing_share
+        cancels = transport == "websocket" and chance.random() < self.cancelling_share
+        conversation = self.conversation if chance.random() < self.conversation_share else None
         return Chat(
             transport,
             self._content(conversation, fault),
@@ -240,7 +203,7 @@ class Caller:
         )
 
     def _content(self, conversation: str | None, fault: str | None) -> str:
-        """Return a question, with a newline in one of its tokens; a new one for a conversation."""
+        """Return a question, unique within a conversation, with a newline in one of its tokens."""
         self._asked += 1
         subject = f"{self._asked} of caller {self._number}"
         if conversation is None:
@@ -251,7 +214,7 @@ class Caller:
     async def _over_http(self, chat: Chat, received: Received) -> None:
         asked = body(chat.content, chat.conversation, stream=chat.transport == "sse")
         async with self._http.stream("POST", "/chat", json=asked) as answer:
-            received.status = answer.status_code
+            received.status, received.headers = answer.status_code, answer.headers
             whole = await answer.aread()
         if answer.status_code == 503 and "retry-after" not in answer.headers:
             raise WrongEnd
@@ -264,6 +227,8 @@ class Caller:
         if self._socket is None:
             address = f"ws://{self._http.base_url.netloc.decode()}/chat"
             self._socket = await connect(address, compression=None)
+        if self._socket.response:
+            received.headers = self._socket.response.headers
         await self._socket.send(json.dumps(body(chat.content, chat.conversation)))
         tokens, message = 0, {"token": ""}
         while "token" in message:
@@ -277,13 +242,12 @@ class Caller:
         if received.error is None and message.get("done") != "true":
             raise WrongEnd
 
-    def _note(self, chat: Chat, received: Received, end: str) -> None:
+    def _note(self, chat: Chat, text: str, end: str) -> None:
         self._seen.ends[chat.transport, end] += 1
         if end == "failed" and chat.fault:
             self._seen.faults[chat.fault] += 1
-        is_stored = end == "completed" or (end == "cancelled" and received.text)
-        if chat.conversation and is_stored:
-            self.acknowledged.append((chat.content, received.text))
+        if chat.conversation and (end == "completed" or (end == "cancelled" and text)):
+            self.acknowledged.append((chat.content, text))
 
     async def _vanish(self, chat: Chat, received: Received) -> None:
         self._seen.ends[chat.transport, "vanished"] += 1

@@ -1,43 +1,42 @@
-"""What has to hold at the end of a soak; each check returns the problems that it has found."""
+"""What must hold at the end of a soak; each check returns the problems that it has found."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from bench.soak_callers import FAULTS, TRANSPORTS, Caller, Seen
-from tests.servers import Service
+from tests import servers
 
-LEVEL_MEMORY = 2 << 20
-"""Bytes by which the median of the last quarter may lie above that of the third: the allocator's
-noise. A leak of 150 bytes a reply is more, in ten minutes."""
+# Bytes by which the median of the last quarter may exceed that of the third: the allocator's noise.
+LEVEL_MEMORY = 2 << 20  # in ten minutes, a leak of 150 bytes per reply exceeds it
 
 Problems = list[str]
-Figure = tuple[str, float, float, float]
-"""What is counted, how much it is, and its bounds."""
+Figure = tuple[str, float, float, float]  # what was counted, the count, and its bounds
 
 
 def untried(seen: Seen) -> Problems:
-    """Name what has never happened, and so has not been tried."""
+    """Name what has never happened."""
     ends = {(transport, end) for transport in TRANSPORTS for end in ("completed", "vanished")}
     never = {*ends, ("websocket", "cancelled")} - seen.ends.keys()
     return [*map(" ".join, never), *(FAULTS.keys() - seen.faults.keys())]
 
 
-def miscounted(service: Service, seen: Seen, arrived: int) -> Problems:
-    """Compare the metrics with what the callers have seen and what has arrived at Groq."""
-    figures = list(_groq_figures(service, seen, arrived))
-    for transport in TRANSPORTS:
-        figures += _figures_of(transport, service, seen)
+def miscounted(service: servers.Caller, seen: Seen, arrived: int) -> Problems:
+    """Compare the metrics with what the callers have seen and what has reached Groq."""
+    figures = [*_groq_figures(service, seen, arrived)]
+    figures += [figure for each in TRANSPORTS for figure in _figures_of(each, service, seen)]
     return [
-        f"{what}: {counted:g} in place of {least:g} to {most:g}"
+        f"{what}: {counted:g}, expected {least:g} to {most:g}"
         for what, counted, least, most in figures
         if not least <= counted <= most
     ]
 
 
-def _figures_of(transport: str, service: Service, seen: Seen) -> Iterator[Figure]:
+def _figures_of(transport: str, service: servers.Caller, seen: Seen) -> Iterator[Figure]:
     """
-    A vanished caller does not know how the reply ended, nor always whether there was one; but of
-    all of them, one at least has left in time to cancel it.
+    Yield the figures of one transport.
+
+    A vanished caller does not know how the reply ended, nor always whether there was one; but at
+    least one of them has left in time to cancel it.
     """
 
     def replies(outcome: str) -> float:
@@ -58,8 +57,8 @@ def _figures_of(transport: str, service: Service, seen: Seen) -> Iterator[Figure
     yield f"{transport}: failed", replies("failed"), failed, failed + vanished
 
 
-def _groq_figures(service: Service, seen: Seen, arrived: int) -> Iterator[Figure]:
-    """Each reply asks Groq once, but for those that the circuit breaker refuses."""
+def _groq_figures(service: servers.Caller, seen: Seen, arrived: int) -> Iterator[Figure]:
+    """Yield Groq's: each reply asks it once, unless the circuit breaker is open."""
     vanished, from_fault = seen.total("vanished"), seen.vanished_from_fault.total()
     asked = service.metric("groq_requests_total")
     completed = service.metric("groq_requests_total", outcome="completed")
@@ -72,21 +71,25 @@ def _groq_figures(service: Service, seen: Seen, arrived: int) -> Iterator[Figure
     yield "Groq: arrived", arrived, completed + failed, asked
 
 
-def broken_conversations(service: Service, callers: list[Caller], max_exchanges: int) -> Problems:
-    """Name those that are not the newest acknowledged exchanges, whole and in their order."""
+def broken_conversations(
+    service: servers.Caller, callers: Sequence[Caller], max_exchanges: int
+) -> Problems:
+    """Name those that do not hold the newest acknowledged exchanges, complete and in order."""
     return [x.conversation for x in callers if not _is_as_acknowledged(service, x, max_exchanges)]
 
 
-def _is_as_acknowledged(service: Service, caller: Caller, max_exchanges: int) -> bool:
+def _is_as_acknowledged(service: servers.Caller, caller: Caller, max_exchanges: int) -> bool:
     messages = service.messages(caller.conversation)
-    if [each["role"] for each in messages] != ["user", "assistant"] * (len(messages) // 2):
+    if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
         return False
-    contents = [each["content"] for each in messages]
+    contents = [message["content"] for message in messages]
     stored = list(zip(contents[::2], contents[1::2], strict=True))
-    known = [each for each in stored if each not in caller.possible]
+    known = [exchange for exchange in stored if exchange not in caller.possible]
     forgotten = len(caller.acknowledged) - len(known)
-    return caller.acknowledged[forgotten:] == known and (
-        forgotten == 0 or len(stored) == max_exchanges
+    return (
+        caller.acknowledged[forgotten:] == known
+        and len(set(stored)) == len(stored)
+        and (forgotten == 0 or len(stored) == max_exchanges)
     )
 
 
@@ -96,6 +99,6 @@ def growing_memory(samples: list[int]) -> Problems:
 
 
 def memory_by_quarters(samples: list[int]) -> list[float]:
-    """Return the median of each quarter of the run."""
+    """Return the median of each quarter of a run."""
     size = len(samples) // 4
     return [median(samples[start : start + size]) for start in range(0, 4 * size, size)]

@@ -1,27 +1,30 @@
 """
 A fast stand-in for Groq: pre-rendered bytes, sent at once or at a pace.
 
-The last message says what to send: `bench TOKENS INTERVAL`; an interval of 0 is a flood, and of
--1 one token and then nothing.
+    python -m bench.standin PORT [CERTIFICATE]
+
+The last message says what to send: `bench TOKENS INTERVAL [MARK]`. An interval of 0 is a flood; of
+-1, one token and then silence. A whole reply starts with the mark, which makes it unique.
 """
 
-import argparse
 import asyncio
 import re
 import ssl
+import sys
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import uvloop
 
-ORDER = re.compile(rb"bench (\d+) ([-\d.]+)")
+ORDER = re.compile(rb"bench (\d+) ([-\d.]+)(?: (\w+))?")
 CHUNK = (
     b'data: {"id":"chatcmpl-0","object":"chat.completion.chunk","created":1795000000,'
     b'"model":"openai/gpt-oss-20b","system_fingerprint":"fp_0","choices":[{"index":0,'
     b'"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}\n\n'
 )
-USAGE = b'"usage":{"prompt_tokens":20,"completion_tokens":%d,"total_tokens":%d}'
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -31,11 +34,15 @@ def http_chunk(data: bytes) -> bytes:
 TOKEN = http_chunk(CHUNK)
 
 
+def usage(prompt: int, reply: int) -> bytes:
+    counts = (prompt, reply, prompt + reply)
+    return b'"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % counts
+
+
 @lru_cache
 def ending(tokens: int) -> bytes:
-    usage = USAGE % (tokens, tokens + 20)
-    finish = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],%b}\n\n' % usage
-    return http_chunk(finish) + http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    finish = b'"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],' + usage(20, tokens)
+    return http_chunk(b"data: {%b}\n\n" % finish) + http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 @lru_cache
@@ -43,15 +50,11 @@ def flood(tokens: int) -> bytes:
     return HEAD + TOKEN * tokens + ending(tokens)
 
 
-@lru_cache
-def whole(tokens: int) -> bytes:
-    message = b'{"role":"assistant","content":"%b"}' % (b" token" * tokens)
-    body = b'{"choices":[{"index":0,"message":%b,"finish_reason":"stop"}],%b}' % (
-        message,
-        USAGE % (tokens, tokens + 20),
-    )
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    return head % len(body) + body
+def whole(tokens: int, mark: bytes, prompt: int) -> bytes:
+    message = b'{"role":"assistant","content":"%b"}' % (mark + b" token" * tokens)
+    choice = b'{"index":0,"message":%b,"finish_reason":"stop"}' % message
+    body = b'{"choices":[%b],%b}' % (choice, usage(prompt, tokens))
+    return JSON_HEAD % len(body) + body
 
 
 class StandIn(asyncio.Protocol):
@@ -64,36 +67,29 @@ class StandIn(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received += data
         head, end, body = self.received.partition(b"\r\n\r\n")
-        if end and head.startswith(b"GET"):
-            self.received = b""
-            return self.transport.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        if not end or not length or len(body) < int(length[1]):
-            return None
+        if not end or len(body) < int(length[1] if length else 0):
+            return
         self.received = b""
-        tokens, interval = ORDER.findall(body)[-1]
-        self.answer(int(tokens), float(interval), is_stream=b'"stream":true' in body)
+        if head.startswith(b"GET"):
+            self.transport.write(NOT_FOUND)
+        else:
+            self.reply(body)
 
-    def answer(self, tokens: int, interval: float, *, is_stream: bool) -> None:
-        if not is_stream:
-            self.transport.write(whole(tokens))
-        elif interval == 0:
-            self.transport.write(flood(tokens))
-        elif interval < 0:
+    def reply(self, body: bytes) -> None:
+        tokens, interval, mark = ORDER.findall(body)[-1]
+        count, seconds = int(tokens), float(interval)
+        if b'"stream":true' not in body:
+            self.transport.write(whole(count, mark, prompt=20 + body.count(b" token")))
+        elif seconds == 0:
+            self.transport.write(flood(count))
+        elif seconds < 0:
             self.transport.write(HEAD + TOKEN)
         else:
             self.transport.write(HEAD)
-            loop = asyncio.get_running_loop()
-            self.pace(loop, loop.time(), tokens, tokens, interval)
+            self.pace(asyncio.get_running_loop().time(), count, count, seconds)
 
-    def pace(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        due: float,
-        left: int,
-        tokens: int,
-        interval: float,
-    ) -> None:
+    def pace(self, due: float, left: int, tokens: int, interval: float) -> None:
         if self.transport.is_closing():
             return
         if left == 0:
@@ -101,24 +97,19 @@ class StandIn(asyncio.Protocol):
             return
         self.transport.write(TOKEN)
         due += interval
-        loop.call_at(due, self.pace, loop, due, left - 1, tokens, interval)
+        loop = asyncio.get_running_loop()
+        loop.call_at(due, self.pace, due, left - 1, tokens, interval)
 
 
-async def serve(port: int, certificate: str | None) -> None:
-    context = None
+async def serve(port: int, certificate: str | None = None) -> None:
+    options: dict[str, Any] = {"backlog": 4096, "reuse_address": True}
     if certificate:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
+        options["ssl"] = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        options["ssl"].load_cert_chain(certificate)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        StandIn, "127.0.0.1", port, ssl=context, backlog=4096, reuse_address=True
-    )
+    server = await loop.create_server(StandIn, "127.0.0.1", port, **options)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", type=int)
-    parser.add_argument("--certificate")
-    options = parser.parse_args()
-    uvloop.run(serve(options.port, options.certificate))
+    uvloop.run(serve(int(sys.argv[1]), *sys.argv[2:]))

@@ -1,26 +1,44 @@
-"""The benchmark runs; what it measures at these sizes says nothing."""
+"""The benchmark runs; at these sizes its figures mean nothing."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.servers import ROOT
+from tests.conftest import only_with_coverage
+from tests.servers import ROOT, output_of
 
-WORKLOADS = {"flood", "paced", "json", "ws-flood", "ws-paced", "first token", "idle", "growth"}
+# Workloads that the naive relay cannot run.
+SERVICE = {"json-history", "ws-flood", "ws-paced", "idle", "growth", "lookups"}
+WORKLOADS = {"flood", "paced", "json", "first token", *SERVICE}
 
 
+def run(directory: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """Run a tiny benchmark; return what it printed and the results that it wrote."""
+    command = [sys.executable, "-m", "bench.run", "--tiny", "--output", str(directory), *options]
+    return output_of(command), json.loads((directory / "results.json").read_text())
+
+
+@only_with_coverage
 @pytest.mark.timeout(180)
 def test_the_benchmark_measures_every_workload_and_draws_a_plot(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.run", "--tiny", "--output", str(tmp_path)]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=170, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    figures = json.loads((tmp_path / "results.json").read_text())["figures"]
-    assert set(figures) == {*WORKLOADS, "lookups"}
-    assert {"direct", "naive", "service"} <= set(figures["flood"])
-    assert "| ws-flood" in ended.stdout
+    printed, results = run(tmp_path)
+    figures = results["figures"]
+    assert set(figures) == WORKLOADS
+    assert {workload for workload in WORKLOADS if "naive" not in figures[workload]} == SERVICE
+    assert {"direct", "naive", "service", "service over TLS"} == set(figures["flood"])
+    assert "| ws-flood" in printed
     assert "<svg" in (tmp_path / "results.svg").read_text()
+
+
+@only_with_coverage
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_one_workload_is_compared_with_a_revision(tmp_path: Path) -> None:
+    printed, results = run(tmp_path, "--only", "json-history", "--against", "HEAD")
+    assert results["figures"].keys() == {"json-history"}
+    assert results["figures"]["json-history"].keys() == {"service", "HEAD"}
+    assert results["against"]["revision"] == "HEAD"
+    assert "x HEAD" in printed
