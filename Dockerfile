@@ -1,4 +1,4 @@
-# The dependencies are installed in one stage and copied to the other, which has no pip cache.
+# Dependencies are installed in one stage and copied to the other, which has no pip cache.
 
 FROM python:3.13.9-slim-bookworm AS build
 WORKDIR /app

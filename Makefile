@@ -1,4 +1,4 @@
-# Each target does all its own set-up: a venv for each Python, with the pinned dependencies in it.
+# Every target sets up what it needs: a venv for each Python, with the pinned dependencies.
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -8,26 +8,26 @@ READY := $(VENV)/.installed
 
 .PHONY: help demo run test test-integration bench soak check audit clean
 
-help:  ## what there is to make
+help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
-	@echo "PYTHON=python3.13 takes another Python, PORT=9000 another port."
+	@echo "PYTHON=python3.13 uses another Python, PORT=9000 another port."
 
-demo: $(READY)  ## the service on port 8000, in front of a stand-in for Groq
+demo: $(READY)  ## the service on port 8000, with a stand-in for Groq
 	@PORT=$(PORT) exec $(BIN)/python -m tests.demo
 
-run: $(READY)  ## the service on port 8000, in front of Groq
+run: $(READY)  ## the service on port 8000, with the real Groq
 	@PORT=$(PORT) exec $(BIN)/python server.py
 
-test: $(READY)  ## all tests, four files at a time, with coverage
-	$(BIN)/python -m pytest -n 4 --dist loadfile --cov --cov-report=term-missing
+test: $(READY)  ## all tests, four files at a time; COVERAGE=1 adds the coverage and the slow tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(COVERAGE)),--cov --cov-report=term-missing)
 
-test-integration: $(READY)  ## the tests that talk to the real Groq; they need GROQ_API_KEY
+test-integration: $(READY)  ## the tests against the real Groq; they need GROQ_API_KEY
 	$(BIN)/python -m pytest tests/test_integration.py
 
-bench: $(READY)  ## the benchmark: beside the naive relay, in less than five minutes
+bench: $(READY)  ## the benchmark: the service beside a naive relay, in less than five minutes
 	$(BIN)/python -m bench.run
 
-soak: $(READY)  ## ten minutes of faults with 200 callers, at whose end nothing may be left over
+soak: $(READY)  ## ten minutes of faults with 200 clients, after which nothing may be left over
 	$(BIN)/python -m bench.soak
 
 check: $(READY)  ## lint, format, types
@@ -35,10 +35,10 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-audit: $(VENV)-audit/.installed  ## look the dependencies up among known vulnerabilities
+audit: $(VENV)-audit/.installed  ## check the dependencies for known vulnerabilities
 	.ci/audit $(VENV)-audit/bin/python
 
-clean:  ## remove what the other targets made
+clean:  ## remove what the other targets created
 	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.txt requirements-dev.txt bench/requirements.txt

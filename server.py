@@ -1,20 +1,13 @@
-"""
-The front door: settings, routes, lifespan, `app`.
+"""Routes, lifespan and `app`, which is made when it is first asked for: importing does nothing."""
 
-    uvicorn server:app
-
-Importing this module does nothing: `app` is made when it is first asked for.
-"""
-
-import asyncio
 import gc
-import re
-import resource
+import logging
+import os
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,288 +17,212 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.supervisors import Multiprocess
 
-from chat import logs, metrics, signals, workers
-from chat.config import Settings, SettingsError, load_settings
-from chat.drain import Drain
-from chat.errors import ChatError, TooManyConnections
-from chat.groq import open_groq
-from chat.history import History, MemoryHistory
-from chat.http import (
-    NO_SUCH_PATH,
-    JSONReply,
-    JSONResponse,
-    MessagesResponse,
-    SSEReply,
-    admit,
-    chat_error,
-    read_body,
-    routing_error,
-    wants_stream,
-)
-from chat.limits import RateLimiter
-from chat.link import Link, open_link
-from chat.messages import ChatRequest, check_conversation_id, parse_request
-from chat.middleware import UNMATCHED, RequestMiddleware, client_of
-from chat.origins import OriginMiddleware
-from chat.page import ChatPage
-from chat.places import PLACES, Places
-from chat.protocols import HTTPProtocol, WebSocketProtocol
+from chat import config, logs, messages, metrics
+from chat.api import http, limits, middleware, origins, page, protocols, shutdown, sse, websocket
+from chat.errors import ChatError
+from chat.llm.client import GroqClient
+from chat.llm.groq import open_groq
+from chat.reply import Reply
 from chat.service import ChatService
-from chat.shared_history import SharedHistory
-from chat.side_server import listen, running, serving
+from chat.storage.history import History
+from chat.storage.memory import MemoryHistory
+from chat.storage.redis import open_redis
+from chat.storage.redis_history import RedisHistory
 from chat.tokens import TokenCounts
-from chat.upstream import Upstream
-from chat.websocket import ChatSocket
 
-HOST = "0.0.0.0"  # noqa: S104  (a service in a container listens on all of its addresses)
-OPENAPI = Path(__file__).with_name("openapi.yaml")
+OPENAPI = FileResponse(Path(__file__).with_name("openapi.yaml"), media_type="application/yaml")
+CORS: dict[str, Any] = {"allow_methods": ["GET", "POST", "DELETE"], "allow_headers": ["*"]}
+CORS["expose_headers"] = ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"]
 
 
 async def chat(request: Request) -> Response:
-    state, client = request.app.state, client_of(request.scope)
-    settings, service = state.settings, state.service
-    await admit(request, state.limiter)
-    async with state.drain.receiving():
-        received = await read_body(request, settings.max_body_bytes, settings.body_timeout)
-    body = parse_request(ChatRequest, received)
-    if wants_stream(request, body):
-        reply = service.reply_to(body, "sse", client)
-        return SSEReply(reply, keep_alive_interval=settings.keep_alive_interval)
-    return JSONReply(service.reply_to(body, "json", client))
-
-
-async def chat_socket(websocket: WebSocket) -> None:
-    state, client = websocket.app.state, client_of(websocket.scope)
-    reply_to = partial(state.service.reply_to, stream_type="websocket", client=client)
-    chats = ChatSocket(websocket, reply_to, state.limiter, state.drain, state.settings)
-    await chats.serve(state.places)
-
-
-async def no_such_socket(websocket: WebSocket) -> None:
-    await websocket.send_denial_response(JSONResponse({"error": NO_SUCH_PATH}, 404))
+    state, scope, client = request.app.state, request.scope, middleware.client_of(request.scope)
+    if state.limiter:
+        allowance = await state.limiter.take(client)
+        scope["chat.headers"] = allowance.headers
+        allowance.check()
+    body = messages.parse_request(await http.read_body(request, state.settings))
+    is_stream = http.wants_stream(request, body)
+    reply = scope["chat.reply"] = Reply("sse" if is_stream else "json", limits.client_key(client))
+    answer = state.service.answer(body, reply)
+    if is_stream:
+        return sse.EventStream(answer, reply, state.settings.keep_alive_interval)
+    async with http.cancelled_on_disconnect(request.receive), answer as tokens:
+        async for _ in tokens:
+            pass
+    truncated = {"truncated": reply.truncated} if reply.truncated else {}
+    return http.json_response({"response": reply.text, **truncated})
 
 
 async def conversation(request: Request) -> Response:
     service, conversation_id = request.app.state.service, request.path_params["id"]
-    check_conversation_id(conversation_id)
+    messages.check_conversation_id(conversation_id)
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
-    return MessagesResponse(service.reading(conversation_id, client_of(request.scope)))
-
-
-async def page(request: Request) -> Response:
-    chat_page: ChatPage = request.app.state.page
-    return chat_page.answer(request)
-
-
-async def health(request: Request) -> Response:
-    return PlainTextResponse("OK")
+    content = {"messages": await service.read(conversation_id)}
+    return http.json_response(content, headers={"cache-control": "no-store"})
 
 
 async def ready(request: Request) -> Response:
     state, status = request.app.state, "ready"
-    redis = state.link.state if state.link else "off"
-    if state.drain.has_begun:
+    redis = {None: "off", True: "up", False: "down"}[state.redis and state.redis.is_up]
+    if state.shutdown.has_begun:
         status = "draining"
-    elif state.settings.history_store == "redis" and redis not in ("up", "partly"):
+    elif state.settings.history_store == "redis" and redis == "down":
         status = "history unreachable"
-    body = {"status": status, "redis": redis, "models": state.upstream.model_states}
-    return JSONResponse(body, 200 if status == "ready" else 503)
+    body = {"status": status, "redis": redis, "models": state.groq.model_states}
+    return http.json_response(body, 200 if status == "ready" else 503)
 
 
 async def show_metrics(request: Request) -> Response:
-    metrics.HISTORY_CONVERSATIONS.set(await request.app.state.service.count_conversations())
-    metrics.EVENT_LOOP_TASKS.set(len(asyncio.all_tasks()))
-    return Response(metrics.render(), media_type=metrics.CONTENT_TYPE_LATEST)
+    return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
 
 
-async def openapi(request: Request) -> Response:
-    return Response(OPENAPI.read_bytes(), media_type="application/yaml")
-
-
-PAGE = [Route("/", page), Route("/static/{file}", page)]
-METRICS = Route("/metrics", show_metrics)
-CORS: dict[str, Any] = {
-    "allow_methods": ["GET", "POST", "DELETE"],
-    "allow_headers": ["*"],
-    "expose_headers": ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
-}
-ROUTES = [
-    *PAGE,
+ROUTES: list[Route | WebSocketRoute] = [
+    Route("/", page.chat_page),
+    Route("/static/{file}", page.chat_page),
     Route("/chat", chat, methods=["POST"]),
-    WebSocketRoute("/chat", chat_socket),
+    WebSocketRoute("/chat", lambda opened: websocket.ChatSocket(opened).serve()),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
-    Route("/health", health),
+    Route("/health", PlainTextResponse("OK"), methods=["GET"]),
     Route("/ready", ready),
-    METRICS,
-    Route("/openapi.yaml", openapi),
-    WebSocketRoute("/{path:path}", no_such_socket, name=UNMATCHED),
+    Route("/metrics", show_metrics),
+    Route("/openapi.yaml", OPENAPI, methods=["GET"]),
 ]
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Places]]:
-    """Open what the service holds, hand it on, and close it in the opposite order."""
-    settings: Settings = app.state.settings
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Open what the service needs, hand it on, and close it in the opposite order."""
+    state, settings = app.state, app.state.settings
     async with AsyncExitStack() as stack:
-        stack.callback(logs.write_directly)
-        stack.callback(workers.leave)
-        link = None
-        if settings.redis_addr:
-            opening = open_link(settings.redis_addr, settings.redis_password)
-            link = await stack.enter_async_context(opening)
-        history = open_history(settings, link)
+        opening = open_redis(settings.redis_addr, settings.redis_password)
+        state.redis = await stack.enter_async_context(opening) if settings.redis_addr else None
+        history: History = MemoryHistory(settings)
+        if settings.history_store == "redis":
+            history = RedisHistory(settings, state.redis)
         stack.push_async_callback(history.aclose)
-        upstream = Upstream(await stack.enter_async_context(open_groq(settings)), settings)
-        await stack.enter_async_context(running(upstream.check_forever()))
-        counts = TokenCounts(settings.model, link)
-        service = ChatService(settings, history=history, counts=counts, upstream=upstream)
-        stack.push_async_callback(service.aclose)
-        drain = Drain(service, delay=settings.drain_delay, timeout=settings.drain_timeout)
-        await stack.enter_async_context(signals.held_back(drain.run))
-        app.state.link = link
-        app.state.drain = drain
-        app.state.upstream = upstream
-        app.state.service = service
-        app.state.limiter = RateLimiter(settings.rate_limit, link) if settings.rate_limit else None
-        app.state.places = places_for(settings)
-        if settings.metrics_port:
-            side = serving(metrics_app(app), listen_for_metrics(settings))
-            await stack.enter_async_context(side)
-        gc.freeze()  # what is there now stays: no collection needs to look at it again
-        yield {PLACES: places_for(settings)}
+        counts = TokenCounts(settings.model, state.redis)
+        state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
+        state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
+        rate = settings.rate_limit
+        state.limiter = limits.RateLimiter(rate, state.redis) if rate else None
+        state.shutdown = shutdown.Shutdown(state.service, settings)
+        for background in (state.groq.check_models(), counts.share_forever()):
+            await stack.enter_async_context(http.in_background(background))
+        await stack.enter_async_context(state.shutdown.on_signal())
+        metrics.watch_event_loop()
+        gc.freeze()  # what exists now stays: no collection needs to look at it again
+        gc.set_threshold(20_000, 20, 20)  # at Python's 700, an eighth of a JSON request goes to it
+        yield
 
 
-def open_history(settings: Settings, link: Link | None) -> History:
-    if settings.history_store == "redis" and link:
-        return SharedHistory(
-            link, max_exchanges=settings.max_exchanges, ttl=settings.conversation_ttl
-        )
-    return MemoryHistory(
-        max_exchanges=settings.max_exchanges,
-        max_conversations=settings.max_conversations,
-        max_bytes=settings.max_history_bytes,
-        ttl=settings.conversation_ttl,
-    )
-
-
-def places_for(settings: Settings) -> Places:
-    return Places(settings.max_connections_per_client, TooManyConnections, settings.trusted_proxies)
-
-
-def listen_for_metrics(settings: Settings) -> socket.socket:
-    return listen((HOST, settings.metrics_port), is_shared=settings.web_concurrency > 1)
-
-
-def metrics_app(app: Starlette) -> Starlette:
-    """Make what shows the same metrics, and nothing else."""
-    alone = Starlette(routes=[METRICS])
-    alone.state = app.state
-    return alone
-
-
-class ChatApp(Starlette):
-    """Starlette, with the server's own `send` kept for those who stream (`chat.connection`)."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["chat.server_send"] = send
-        await super().__call__(scope, receive, send)
-
-
-def create_app(settings: Settings) -> Starlette:
-    layers = [
-        Middleware(RequestMiddleware, settings=settings),
-        Middleware(OriginMiddleware, allowed=settings.allowed_origins),
-    ]
-    if settings.allowed_origins:
-        layers.append(Middleware(CORSMiddleware, allow_origins=settings.allowed_origins, **CORS))
-    app = ChatApp(
-        routes=routes_of(settings),
-        lifespan=lifespan,
-        middleware=layers,
-        exception_handlers={ChatError: chat_error, HTTPException: routing_error},
-    )
+def create_app(settings: config.Settings) -> Starlette:
+    allowed, proxies = map(config.parts, (settings.allowed_origins, settings.trusted_proxies))
+    layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)] * bool(proxies)
+    layers.append(Middleware(middleware.RequestMiddleware))
+    layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))
+    layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
+    hidden = {show_metrics: settings.metrics_port, page.chat_page: not settings.chat_page}
+    routes = [route for route in ROUTES if not hidden.get(route.endpoint)]
+    errors: Any = {ChatError: http.error_response, HTTPException: http.routing_error}
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=layers, exception_handlers=errors)
     app.router.redirect_slashes = False
     app.state.settings = settings
-    app.state.page = ChatPage() if settings.chat_page else None
     return app
 
 
-def routes_of(settings: Settings) -> list[BaseRoute]:
-    """Return the routes that the settings leave on."""
-    off = [METRICS] if settings.metrics_port else []
-    off += [] if settings.chat_page else PAGE
-    return [each for each in ROUTES if each not in off]
-
-
-def settings_or_exit() -> Settings:
-    """Read the settings; a bad one ends the process with one line that names it."""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process in a way that tells uvicorn's supervisor not to try again."""
     try:
-        settings = load_settings(overrides=options_of_uvicorn(sys.argv))
-        check_metrics_port(settings)
-        return settings
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
-        sys.exit(STARTUP_FAILURE)  # by which uvicorn's supervisor knows not to try again
+        yield
+    except config.SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  (there may be no log yet)
+        sys.exit(STARTUP_FAILURE)
 
 
-def check_metrics_port(settings: Settings) -> None:
-    """Listen on it for a moment: what fails in the lifespan is told with its traceback."""
-    try:
-        if settings.metrics_port:
-            listen_for_metrics(settings).close()
-    except OSError as error:
-        raise SettingsError(
-            f"METRICS_PORT must be free, not {settings.metrics_port}: {error.strerror}"
-        ) from None
-
-
-def options_of_uvicorn(arguments: list[str]) -> dict[str, str]:
-    """Return what the command line says of a setting: `uvicorn --workers` is WEB_CONCURRENCY."""
-    found = re.search(r" --workers[ =](\d+)", " ".join(arguments))
-    return {"WEB_CONCURRENCY": found[1]} if found else {}
-
-
+@one_line_errors()
 def __getattr__(name: str) -> Starlette:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    settings = settings_or_exit()
+    settings = config.load_settings()
     logs.configure(settings.log_level)
-    return create_app(settings)
+    if settings.web_concurrency == 1:
+        serve_metrics(settings)
+    app = globals()[name] = create_app(settings)  # uvicorn asks for it twice
+    return app
 
 
-def raise_limit_of_files() -> None:
-    """Have as many connections as the system allows, rather than as its shells take by default."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # macOS takes less than it names
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def listen(settings: config.Settings) -> list[socket.socket]:
+    """Listen on all addresses; the kernel cuts a client that does not read its response."""
+    try:
+        listeners = [socket.create_server(("", settings.port))]
+    except OSError as error:
+        what = f"PORT {settings.port} cannot be used: {os.strerror(error.errno or 0)}"
+        raise config.SettingsError(what) from None
+    with suppress(OSError):  # this machine may have no IPv6
+        listeners.append(socket.create_server(("", settings.port), family=socket.AF_INET6))
+    with suppress(AttributeError):  # Linux only
+        for listener in listeners:
+            unread = int(settings.send_timeout * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
+    return listeners
 
 
+def serve_metrics(settings: config.Settings) -> None:
+    try:
+        if settings.metrics_port:
+            metrics.serve(settings.metrics_port)
+    except OSError as error:
+        what = f"METRICS_PORT {settings.metrics_port} cannot be used: {error.strerror}"
+        raise config.SettingsError(what) from None
+
+
+class Workers(Multiprocess):
+    """uvicorn's supervisor, which also removes the gauges of workers that have ended."""
+
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        pids = {str(process.pid) for process in self.processes}
+        for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*.db"):
+            if file.stem.rpartition("_")[2] not in pids:
+                file.unlink()
+
+
+@one_line_errors()
 def main() -> None:
-    settings = settings_or_exit()
-    raise_limit_of_files()
+    settings = config.load_settings()
+    listeners = listen(settings)
     logs.configure(settings.log_level)
-    options: dict[str, Any] = {
-        "host": HOST,
-        "port": settings.port,
-        "log_config": None,
-        "proxy_headers": False,  # TRUSTED_PROXIES says whom to believe
-        "http": HTTPProtocol,
-        "ws": WebSocketProtocol,
-        "ws_max_size": settings.max_body_bytes,
-        "ws_per_message_deflate": False,  # a token is too short to gain by it
-    }
-    if settings.web_concurrency > 1:
-        workers.run("server:app", settings.web_concurrency, **options)
-    else:
-        uvicorn.run(create_app(settings), workers=1, **options)
+    logging.getLogger("chat").info("listening on port %d", settings.port)
+    options = uvicorn.Config(
+        create_app(settings) if settings.web_concurrency == 1 else "server:app",
+        log_config=None,
+        proxy_headers=False,  # TRUSTED_PROXIES says whom to believe
+        http=protocols.HTTPProtocol,
+        ws=protocols.WebSocketProtocol,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # a token is too short to gain from it
+        workers=settings.web_concurrency,
+    )
+    if settings.web_concurrency == 1:
+        serve_metrics(settings)
+        return uvicorn.Server(options).run(listeners)
+    with tempfile.TemporaryDirectory(prefix="chat-metrics-") as directory:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory  # inherited by the workers
+        serve_metrics(settings)
+        workers = Workers(options, listeners)
+        workers.run()
+    if any(worker.exitcode == STARTUP_FAILURE for worker in workers.processes):
+        sys.exit(STARTUP_FAILURE)
 
 
 if __name__ == "__main__":

@@ -1,269 +1,158 @@
-"""
-Settings: every variable that the service reads, its default and its check.
-
-They are read once, at the front door, and handed down; of the environment, nothing else is read but
-what prometheus-client has workers share their figures by (`chat.workers`).
-"""
+"""Settings: every variable that the service reads, once, in server.py."""
 
 import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
+import msgspec
+from msgspec import Meta
 from starlette.config import Config
-
-Network = IPv4Network | IPv6Network
-Parse = Callable[[str], Any]
 
 
 class SettingsError(Exception):
-    """A setting is missing or has a bad value; its text is one line that names the variable."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How the text of a variable becomes a value, and what to say when it does not."""
-
-    parse: Parse
-    expected: str
-    secret: bool = False
-
-
-def integer(low: int, high: int) -> Kind:
-    return Kind(within(int, low, high), f"a whole number from {low:,} to {high:,}")
-
-
-def seconds(low: float, high: float) -> Kind:
-    return Kind(within(float, low, high), f"a number of seconds from {low:g} to {high:g}")
-
-
-def within(convert: Callable[[str], float], low: float, high: float) -> Parse:
-    def parse(text: str) -> float:
-        if not low <= (number := convert(text)) <= high:
-            raise ValueError
-        return number
-
-    return parse
-
-
-def matching(pattern: str, expected: str, *, secret: bool = False) -> Kind:
-    def parse(text: str) -> str:
-        if re.fullmatch(pattern, text) is None:
-            raise ValueError
-        return text
-
-    return Kind(parse, expected, secret)
-
-
-def base_url(text: str) -> str:
-    if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text) is None:
-        raise ValueError
-    _check_host_and_port(text)
-    return text.rstrip("/")
+    """A setting is missing or invalid; the message is one line that names the variable."""
 
 
 HOST = r"([\w.-]+|\[[0-9a-fA-F:]+\])"
-ADDRESS = rf"{HOST}:\d{{1,5}}"
-NODE = rf"{HOST}(:\d{{1,5}})?"
-CREDENTIALS = r"([^\s/?#@]*@)?"
-REDIS_URL = re.compile(rf"rediss?://{CREDENTIALS}(?P<nodes>{NODE})(/\d{{0,3}})?")
-CLUSTER_URL = re.compile(rf"rediss?\+cluster://{CREDENTIALS}(?P<nodes>{NODE}(,{NODE})*)/?")
+URL = rf"rediss?://([^\s/?#@]*@)?{HOST}(:\d{{1,5}})?(/\d{{0,3}})?"
+CLUSTER = rf"rediss?\+cluster://([^\s/?#@]*@)?{HOST}(:\d{{1,5}})?(,{HOST}(:\d{{1,5}})?)*/?"
+REDIS = rf"|{HOST}:\d{{1,5}}|{URL}|{CLUSTER}"
 
 
-def redis_address(text: str) -> str:
-    if not text:
-        return text
-    if "://" not in text and re.fullmatch(ADDRESS, text) is None:
-        raise ValueError
-    url = text if "://" in text else f"redis://{text}"
-    found = REDIS_URL.fullmatch(url) or CLUSTER_URL.fullmatch(url)
-    if found is None:
-        raise ValueError
-    for node in found["nodes"].split(","):
-        _check_host_and_port(f"redis://{node}")
-    return text
+def text(pattern: str, description: str) -> Meta:
+    return Meta(pattern=f"^({pattern})$", description=description)
 
 
-def _check_host_and_port(url: str) -> None:
-    """Raise `ValueError` for what could only fail later, in each request."""
-    parts = urlsplit(url)
-    (parts.hostname or "").encode("idna")
-    if parts.port == 0:
-        raise ValueError
+Text = Annotated[str, Meta(description="text in UTF-8")]
+Key = Annotated[str, text("[!-~]+", "an API key from https://console.groq.com/keys")]
+BaseURL = Annotated[str, text(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "an http:// or https:// URL")]
+RATE = r"|[1-9]\d{0,5}/(second|minute|hour|day)"
+Rate = Annotated[str, text(RATE, "a rate such as 30/minute, or empty")]
+Networks = Annotated[str, Meta(description="networks such as 10.0.0.0/8, separated by commas")]
+ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+)?\s*(,|$))*"
+Origins = Annotated[str, text(ORIGINS, "origins such as https://a.example, separated by commas")]
+RedisAddress = Annotated[str, text(REDIS, "host:port, a redis:// URL, or empty for no Redis")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Timeout = Annotated[float, Meta(ge=0.01, le=86_400)]
+Delay = Annotated[float, Meta(ge=0, le=3600)]
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """So many requests in so many seconds."""
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Each field is the environment variable of its name in capitals; together they make sense."""
 
-    limit: int
-    unit: str
+    groq_api_key: Key
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8000
+    groq_base_url: BaseURL = "https://api.groq.com/openai/v1"
+    groq_connect_timeout: Timeout = 5.0
+    groq_first_event_timeout: Timeout = 30.0
+    groq_timeout: Timeout = 60.0
+    groq_max_retries: Annotated[int, Meta(ge=0, le=10)] = 2
+    groq_circuit_failures: Count = 10
+    reply_timeout: Timeout = 300.0
+    model: Annotated[str, text(r"\S+", "the name of a model")] = "openai/gpt-oss-20b"
+    fallback_model: Annotated[str, text(r"\S*", "the name of a model, or empty")] = ""
+    reasoning_effort: Literal["low", "medium", "high"] = "low"
+    system_prompt: Text = ""
+    max_tokens: Count = 1024
+    context_tokens: Annotated[int, Meta(ge=2, le=100_000_000)] = 131_072
+    max_exchanges: Annotated[int, Meta(ge=1, le=1000)] = 20
+    shared_conversation: bool = True
+    history_store: Literal["memory", "redis"] = "memory"
+    max_conversations: Annotated[int, Meta(ge=1, le=10_000_000)] = 10_000
+    conversation_ttl: Annotated[float, Meta(ge=1, le=31_536_000)] = 86_400.0
+    max_history_bytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 256 << 20
+    rate_limit: Rate = ""
+    trusted_proxies: Networks = ""
+    allowed_origins: Origins = ""
+    max_concurrent: Count = 1000
+    max_concurrent_per_client: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    max_body_bytes: Annotated[int, Meta(ge=1, le=1 << 30)] = 256 << 10
+    body_timeout: Timeout = 15.0
+    send_timeout: Timeout = 60.0
+    idle_timeout: Timeout = 600.0
+    keep_alive_interval: Timeout = 15.0
+    drain_delay: Delay = 0.0
+    drain_timeout: Delay = 30.0
+    web_concurrency: Annotated[int, Meta(ge=1, le=1000)] = 1
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    chat_page: bool = True
+    redis_addr: RedisAddress = "redis:6379"
+    redis_password: Text = ""
 
-    @property
-    def window(self) -> int:
-        return UNITS[self.unit]
+    def __repr__(self) -> str:
+        return "Settings()"  # shows no key, wherever it is printed
 
-    def __str__(self) -> str:
-        return f"{self.limit} request{'s' if self.limit > 1 else ''} per {self.unit}"
-
-
-UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-
-
-def rate(text: str) -> Rate | None:
-    if not text:
-        return None
-    limit, _, unit = text.partition("/")
-    if unit not in UNITS:
-        raise ValueError
-    return Rate(integer(1, 1_000_000).parse(limit), unit)
-
-
-def networks(text: str) -> tuple[Network, ...]:
-    return tuple(map(ip_network, _parts(text)))
+    def __post_init__(self) -> None:
+        limit, workers, wrong = self.context_tokens, self.web_concurrency, ""
+        if self.max_tokens >= limit:
+            wrong = f"MAX_TOKENS must be less than CONTEXT_TOKENS ({limit}), not {self.max_tokens}"
+        elif self.metrics_port == self.port:
+            wrong = f"METRICS_PORT must differ from PORT; both are {self.port}"
+        elif self.fallback_model == self.model:
+            wrong = f"FALLBACK_MODEL must differ from MODEL; both are {self.model!r}"
+        elif self.history_store == "redis" and not self.redis_addr:
+            wrong = "HISTORY_STORE=redis needs REDIS_ADDR, which is empty"
+        elif self.history_store == "memory" and workers > 1:
+            wrong = (
+                f"WEB_CONCURRENCY={workers} needs HISTORY_STORE=redis: each worker keeps its own"
+            )
+        if wrong:
+            raise SettingsError(wrong)
 
 
-def origins(text: str) -> tuple[str, ...]:
-    found = tuple(_parts(text.lower()))
-    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@]+", each) for each in found):
-        raise ValueError
-    return found
-
-
-def _parts(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-BOOLEAN = Kind(lambda text: BOOLEANS[text.lower()], "true or false")
-ANY_TEXT = Kind(str, "text in UTF-8")
-ANY_SECRET = Kind(str, "text in UTF-8", secret=True)
-BASE_URL = Kind(base_url, "an http:// or https:// URL such as https://api.groq.com/openai/v1")
-API_KEY = matching(r"[!-~]+", "an API key from https://console.groq.com/keys", secret=True)
-MODEL_NAME = matching(r"\S+", "the name of a model, such as openai/gpt-oss-20b")
-OPTIONAL_MODEL_NAME = matching(r"\S*", "the name of a model, or empty for none")
-EFFORT = matching("low|medium|high", "low, medium or high")
-RATE = Kind(rate, "a rate such as 30/minute (second, minute, hour, day), or empty for none")
-NETWORKS = Kind(networks, "addresses or networks such as 10.0.0.0/8, with commas between them")
-ORIGINS = Kind(origins, "origins such as https://chat.example.com, with commas between them")
-LEVEL = matching("debug|info|warning|error", "debug, info, warning or error")
-REDIS_ADDRESS = Kind(
-    redis_address, "host:port, such as redis:6379, a redis:// URL, or empty for no Redis"
-)
-
-
-def setting(kind: Kind, default: Any = ...) -> Any:
-    """Declare a field of `Settings`; without a default the variable is required."""
-    metadata = {"kind": kind}
-    return field(metadata=metadata, **({} if default is ... else {"default": default}))
-
-
-@dataclass(frozen=True, repr=False)  # a repr would show the secrets
-class Settings:
-    """What the operator decides. Each field is the environment variable of its name in capitals."""
-
-    groq_api_key: str = setting(API_KEY)
-    port: int = setting(integer(1, 65_535), 8000)
-    groq_base_url: str = setting(BASE_URL, "https://api.groq.com/openai/v1")
-    groq_connect_timeout: float = setting(seconds(0.01, 600), 5.0)
-    groq_first_event_timeout: float = setting(seconds(0.01, 3600), 30.0)
-    groq_timeout: float = setting(seconds(0.01, 3600), 60.0)
-    groq_max_retries: int = setting(integer(0, 10), 2)
-    groq_circuit_failures: int = setting(integer(1, 1_000_000), 10)
-    reply_timeout: float = setting(seconds(0.01, 86_400), 300.0)
-    model: str = setting(MODEL_NAME, "openai/gpt-oss-20b")
-    fallback_model: str = setting(OPTIONAL_MODEL_NAME, "")
-    reasoning_effort: str = setting(EFFORT, "low")
-    system_prompt: str = setting(ANY_TEXT, "")
-    max_tokens: int = setting(integer(1, 1_000_000), 1024)
-    context_tokens: int = setting(integer(2, 100_000_000), 131_072)
-    max_exchanges: int = setting(integer(1, 1000), 20)
-    shared_conversation: bool = setting(BOOLEAN, True)
-    history_store: str = setting(matching("memory|redis", "memory or redis"), "memory")
-    max_conversations: int = setting(integer(1, 10_000_000), 10_000)
-    conversation_ttl: float = setting(seconds(1, 31_536_000), 86_400.0)
-    max_history_bytes: int = setting(integer(1, 1 << 40), 256 << 20)
-    rate_limit: Rate | None = setting(RATE, None)  # noqa: RUF009  (declares a field)
-    trusted_proxies: tuple[Network, ...] = setting(NETWORKS, ())
-    allowed_origins: tuple[str, ...] = setting(ORIGINS, ())
-    max_concurrent: int = setting(integer(1, 1_000_000), 1000)
-    max_concurrent_per_client: int = setting(integer(0, 1_000_000), 0)
-    max_connections_per_client: int = setting(integer(0, 1_000_000), 0)
-    max_body_bytes: int = setting(integer(1, 1 << 30), 256 << 10)
-    body_timeout: float = setting(seconds(0.01, 3600), 15.0)
-    send_timeout: float = setting(seconds(0.01, 3600), 60.0)
-    idle_timeout: float = setting(seconds(0.01, 86_400), 600.0)
-    keep_alive_interval: float = setting(seconds(0.01, 3600), 15.0)
-    drain_delay: float = setting(seconds(0, 3600), 0.0)
-    drain_timeout: float = setting(seconds(0, 3600), 30.0)
-    web_concurrency: int = setting(integer(1, 1000), 1)
-    metrics_port: int = setting(integer(0, 65_535), 0)
-    log_level: str = setting(LEVEL, "info")
-    chat_page: bool = setting(BOOLEAN, True)
-    redis_addr: str = setting(REDIS_ADDRESS, "redis:6379")
-    redis_password: str = setting(ANY_SECRET, "")
-
-
 def load_settings(
-    environ: Mapping[str, str] = os.environ,
-    env_file: str | Path = ".env",
-    overrides: Mapping[str, str] = MappingProxyType({}),
+    environ: Mapping[str, str] = os.environ, env_file: str | Path = ".env"
 ) -> Settings:
-    """
-    Read the settings from the environment, or from `env_file` for what the environment lacks;
-    `overrides` go before both.
-
-    Raises:
-        SettingsError: a variable is missing or has a bad value.
-    """
+    """Read them from the environment, or from `env_file`; raise `SettingsError` if one is wrong."""
     try:
         config = Config(env_file if Path(env_file).is_file() else None, environ)
     except (OSError, UnicodeDecodeError):
         raise SettingsError(f"{env_file} must be readable text in UTF-8") from None
     values = {}
-    for each in fields(Settings):
-        name = each.name.upper()
-        text = overrides.get(name, config(name, default=None))
-        if text is not None:
-            values[each.name] = _parse(name, text.strip(), each.metadata["kind"])
-    return _checked(values)
+    for field, hint in get_type_hints(Settings, include_extras=True).items():
+        given: str | None = config(field.upper(), default="" if field == "groq_api_key" else None)
+        if given is not None:
+            values[field] = _parse(field, given.strip(), hint)
+    return Settings(**values)
 
 
-def _parse(name: str, text: str, kind: Kind) -> Any:
+def _parse(field: str, given: str, hint: Any) -> Any:
     try:
-        text.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
-        return kind.parse(text)
-    except (ValueError, KeyError):
-        is_secret = kind.secret or "@" in text  # a URL with a password
-        shown = "the given value" if is_secret else repr(text[:100])
-        raise SettingsError(f"{name} must be {kind.expected}, not {shown}") from None
+        given.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
+        is_lowered = field == "allowed_origins" or get_origin(hint) is Literal
+        value = msgspec.convert(given.lower() if is_lowered else given, hint, strict=False)
+        # What no pattern finds, and would fail later, in each request:
+        for network in parts(value) if field == "trusted_proxies" else ():
+            ip_network(network)
+        if field in ("groq_base_url", "redis_addr"):
+            for node in value.rpartition("://")[2].rpartition("@")[2].split(","):
+                address = urlsplit(f"//{node}")
+                (address.hostname or "").encode("idna")
+                if address.port == 0:
+                    raise ValueError
+        return value
+    except ValueError:
+        is_secret = field in ("groq_api_key", "redis_password") or "@" in given
+        shown = "the given value" if given and is_secret else repr(given[:100])
+        message = f"{field.upper()} must be {_expectation(hint)}, not {shown}"
+        raise SettingsError(message) from None
 
 
-def _checked(values: dict[str, Any]) -> Settings:
-    if "groq_api_key" not in values:
-        raise SettingsError(f"GROQ_API_KEY is not set; it must be {API_KEY.expected}")
-    settings = Settings(**values)
-    if settings.max_tokens >= settings.context_tokens:
-        raise SettingsError(
-            f"MAX_TOKENS must be less than CONTEXT_TOKENS ({settings.context_tokens}), "
-            f"not {settings.max_tokens}"
-        )
-    if settings.metrics_port == settings.port:
-        raise SettingsError(f"METRICS_PORT must be another than PORT, not {settings.port} too")
-    if settings.fallback_model == settings.model:
-        raise SettingsError(
-            f"FALLBACK_MODEL must be another than MODEL, not {settings.model!r} too"
-        )
-    if settings.history_store == "redis" and not settings.redis_addr:
-        raise SettingsError("HISTORY_STORE=redis needs REDIS_ADDR, which is empty")
-    if settings.history_store == "memory" and settings.web_concurrency > 1:
-        raise SettingsError(
-            f"WEB_CONCURRENCY={settings.web_concurrency} needs HISTORY_STORE=redis: each worker "
-            "would have a history of its own, and a conversation would depend on who answers"
-        )
-    return settings
+def _expectation(hint: Any) -> str:
+    """Return what a value of the type must be, for a message."""
+    if hint is bool:
+        return "true or false"
+    if get_origin(hint) is Literal:
+        *most, last = get_args(hint)
+        return f"{', '.join(most)} or {last}"
+    kind, meta = get_args(hint)
+    what = "a whole number" if kind is int else "a number of seconds"
+    return str(meta.description or f"{what} from {meta.ge:,} to {meta.le:,}")

@@ -1,8 +1,6 @@
 """
-Logging: one JSON object a line on stdout, written by a thread of its own.
-
-Lines are made where they are logged and written elsewhere, so that a slow reader of stdout never
-holds up the event loop. Texts of exceptions stay out: they may quote what a caller sent.
+Logging: one JSON object a line on stdout, written by a thread, so that a slow reader of stdout
+never holds up the event loop.
 """
 
 import logging
@@ -13,29 +11,25 @@ import traceback
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
 from queue import Empty, SimpleQueue
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The id of the request that is being served."""
 
-QUEUED_LINES = 10_000
-"""Lines that may wait to be written; beyond it the oldest are dropped."""
-BATCH_INTERVAL = 0.02
-"""Seconds to wait for more lines: a thread that wakes for each one takes the interpreter from the
-event loop each time."""
-CLOSE_TIMEOUT = 1.0
-"""Seconds that the end waits for a stdout that nobody reads."""
-
-logger = logging.getLogger("chat")
+MAX_QUEUED = 10_000  # lines that may wait to be written; beyond that the oldest are dropped
+WRITE_INTERVAL = 0.02  # seconds; a thread that wakes for each line takes the interpreter each time
+FLUSH_TIMEOUT = 1.0  # seconds to wait at shutdown for a stdout that nobody reads
 
 
-class JSONFormatter(logging.Formatter):
-    """Format a record, with the `fields` it bears, as a line of JSON."""
+class LineHandler(QueueHandler):
+    """Queue lines of JSON; the texts of exceptions are left out, since they may quote a client."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    queue: SimpleQueue[Any]
+
+    def prepare(self, record: logging.LogRecord) -> Any:
         created = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
             "timestamp": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -48,102 +42,61 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = type(record.exc_info[1]).__qualname__
             line["traceback"] = "".join(traceback.format_tb(record.exc_info[2]))
-        return msgspec.json.encode(line).decode()
+        return msgspec.json.encode(line).decode() + "\n"
+
+    def enqueue(self, record: Any) -> None:
+        self.queue.put_nowait(record)
+        if self.queue.qsize() > MAX_QUEUED:
+            with suppress(Empty):
+                self.queue.get_nowait()
+
+    def flush(self) -> None:
+        """Wait until what is queued has been written; logging does so at the end."""
+        is_written = threading.Event()
+        self.queue.put_nowait(is_written)
+        is_written.wait(FLUSH_TIMEOUT)
 
 
-class BackgroundHandler(logging.Handler):
-    """
-    Write lines in a thread of its own, many at a time; drop the oldest when too many wait.
+class LineWriter(QueueListener):
+    """Write together what is queued within a moment; an event in the queue asks for a flush."""
 
-    A signal may close it at any moment of `emit`, so nothing here holds a lock: a `SimpleQueue` may
-    be put into again while it is put into.
-    """
+    queue: SimpleQueue[Any]
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self.setFormatter(JSONFormatter())
-        self._stream = stream
-        self._lines: SimpleQueue[str] = SimpleQueue()
-        self._is_closing = False
-        self._writer = threading.Thread(target=self._write_forever, daemon=True)
-        self._writer.start()
+    def __init__(self, queue: SimpleQueue[Any]) -> None:
+        super().__init__(queue)
+        # Not sys.stdout, whose lock Python takes at exit: it would wait for a write that hangs.
+        self._output = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.put(self.format(record) + "\n")
-        if self._is_closing:
-            self._write()
-        elif self._lines.qsize() > QUEUED_LINES:
-            self._take(1)
-
-    def close(self) -> None:
-        """Write what waits, unless nobody reads; from now on each line is written at once."""
-        self._is_closing = True
-        self._lines.put("")  # wakes the writer
-        self._writer.join(CLOSE_TIMEOUT)
-        super().close()
-
-    def _write_forever(self) -> None:
-        while not self._is_closing:
-            first = self._lines.get()
-            time.sleep(0 if self._is_closing else BATCH_INTERVAL)
-            self._write(first)
-        self._write()
-
-    def _write(self, first: str = "") -> None:
-        with suppress(OSError):  # of a full disk, say: there is nowhere to tell of it
-            self._stream.write(first + self._take(self._lines.qsize()))
-            self._stream.flush()
-
-    def _take(self, count: int) -> str:
-        """Take as many lines as still wait, at most `count`."""
-        lines = list[str]()
+    def dequeue(self, block: bool) -> Any:
+        lines = [self.queue.get()]
+        if isinstance(lines[0], str):
+            time.sleep(WRITE_INTERVAL)
         with suppress(Empty):
-            for _ in range(count):
-                lines.append(self._lines.get_nowait())
-        return "".join(lines)
+            while isinstance(lines[-1], str):
+                lines.append(self.queue.get_nowait())
+        return lines
 
-
-SOCKET_LINES = (
-    "Invalid UTF-8 sequence received",
-    "ASGI callable returned without completing handshake",  # said of a 404 too
-    '%s - "WebSocket %s"',
-    "connection open",
-    "connection rejected",
-    "connection closed",
-)
-"""What uvicorn and websockets log of each WebSocket, raw paths and all, at a caller's will."""
-
-
-def is_not_of_a_socket(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(SOCKET_LINES)
+    def handle(self, record: Any) -> None:
+        with suppress(OSError):  # a full disk, for example
+            self._output.write("".join(line for line in record if isinstance(line, str)))
+            self._output.flush()
+        if isinstance(record[-1], threading.Event):
+            record[-1].set()
 
 
 def configure(level: str) -> None:
-    """Send all logging, uvicorn's too, to stdout as JSON; our line a request replaces uvicorn's."""
-    handler = BackgroundHandler(sys.stdout)
+    """Send all logging to stdout as JSON; our line for each request replaces uvicorn's."""
+    queue: SimpleQueue[Any] = SimpleQueue()
+    handler = LineHandler(queue)
     handler.setLevel(level.upper())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
-        logging.getLogger(name).setLevel(logging.INFO)  # below it they show paths and messages
-    logging.getLogger("uvicorn.error").addFilter(is_not_of_a_socket)
-    access = logging.getLogger("uvicorn.access")
-    access.handlers.clear()
-    access.propagate = False
+        logging.getLogger(name).propagate = name != "uvicorn.access"
+        logging.getLogger(name).setLevel(logging.INFO)  # below it they show messages
+    # Lines about each WebSocket have its raw path, or a traceback, whenever a client likes.
+    lines = ('%s - "WebSocket %s"', "connection ", "Invalid UTF-8 sequence")
+    logging.getLogger("uvicorn.error").addFilter(lambda line: not str(line.msg).startswith(lines))
     for name in ("httpx", "httpcore", "aiohttp", "redis", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def write_directly() -> None:
-    """Write what waits, and from now on each line at once: the process is about to end."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, BackgroundHandler):
-            handler.close()
-
-
-def log_request(method: str, endpoint: str, status: int, fields: dict[str, Any]) -> None:
-    """Log the one line of a request; `fields` are what else is known of it."""
-    level = logging.INFO if status < 500 else logging.WARNING
-    line = {"method": method, "endpoint": endpoint, "status": status, **fields}
-    logger.log(level, "%s %s %d", method, endpoint, status, extra={"fields": line})
+    LineWriter(queue).start()

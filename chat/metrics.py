@@ -1,131 +1,86 @@
-"""
-Every metric of the service; the only global state, since a process is scraped as a whole.
+"""Every metric of the service; the only global state, since a process is scraped as a whole."""
 
-With several workers on one machine, they write to files in PROMETHEUS_MULTIPROC_DIR, and each shows
-the figures of all; `multiprocess_mode` says how gauges are put together.
-"""
-
+import asyncio
+from functools import cache, partial
 from math import nan
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+import prometheus_client
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from chat.errors import GroqDown, GroqError, reasons
+from chat.errors import GroqCircuitOpen, GroqError, reasons
 
-__all__ = ["CONTENT_TYPE_LATEST", "forget_process", "render"]
-
-disable_created_metrics()  # type: ignore[no-untyped-call]  # they double a scrape
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double a scrape
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+duration = partial(Histogram, buckets=SECONDS)
+total = partial(Gauge, multiprocess_mode="livesum")  # of all workers; the others are their extremes
+largest = partial(Gauge, multiprocess_mode="livemax")
+smallest = partial(Gauge, multiprocess_mode="livemin")
 
-HTTP_REQUESTS = Counter(
-    "http_requests_total", "HTTP requests answered.", ["method", "endpoint", "status"]
-)
-HTTP_REQUEST_DURATION = Histogram(
-    "http_request_duration_seconds",
-    "Time from a request to the end of its answer.",
-    ["method", "endpoint"],
-    buckets=SECONDS,
+HTTP_REQUESTS = Counter("http_requests_total", "HTTP requests.", ["method", "endpoint", "status"])
+HTTP_REQUEST_DURATION = duration(
+    "http_request_duration_seconds", "Time to the end of a response.", ["method", "endpoint"]
 )
 CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_type"])
 CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
-CHAT_REPLIES_ACTIVE = Gauge(
-    "chat_replies_active", "Replies in progress.", ["stream_type"], multiprocess_mode="livesum"
-)
-CHAT_ERRORS = Counter(
-    "chat_errors_total",
-    "Requests and replies that ended in an error of the service's, by its word in the log.",
-    ["reason"],
-)
-CHAT_TIME_TO_FIRST_TOKEN = Histogram(
-    "chat_time_to_first_token_seconds",
-    "Time from a chat request to the first token of its reply.",
-    buckets=SECONDS,
-)
-CHAT_REPLY_DURATION = Histogram(
-    "chat_reply_duration_seconds",
-    "Time from a chat request to the end of its reply.",
-    buckets=SECONDS,
-)
-CHAT_TOKENS = Counter(
-    "chat_tokens_total", "Tokens as Groq reported them, else as estimated.", ["direction"]
-)
+CHAT_REPLIES_ACTIVE = total("chat_replies_active", "Replies in progress.", ["stream_type"])
+CHAT_ERRORS = Counter("chat_errors_total", "Requests and replies that failed.", ["reason"])
+CHAT_TIME_TO_FIRST_TOKEN = duration("chat_time_to_first_token_seconds", "Time to the first token.")
+CHAT_REPLY_DURATION = duration("chat_reply_duration_seconds", "Time to the end of a reply.")
+CHAT_TOKENS = Counter("chat_tokens_total", "Tokens as Groq reports them.", ["direction"])
 GROQ_REQUESTS = Counter("groq_requests_total", "Requests to Groq.", ["outcome"])
-GROQ_RETRIES = Counter("groq_retries_total", "Requests to Groq that were sent once more.")
-GROQ_FALLBACKS = Counter(
-    "groq_fallbacks_total", "Replies that the fallback model was asked for, as the first could not."
+GROQ_RETRIES = Counter("groq_retries_total", "Requests to Groq that were retried.")
+GROQ_FALLBACKS = Counter("groq_fallbacks_total", "Replies that fell back to FALLBACK_MODEL.")
+GROQ_CIRCUIT_STATE = largest(
+    "groq_circuit_state", "0: the circuit breaker is closed, 1: half-open, 2: open.", ["model"]
 )
-GROQ_CIRCUIT_STATE = Gauge(
-    "groq_circuit_state",
-    "0 while a model is asked, 2 while it is left alone, 1 in a probe.",
-    ["model"],
-    multiprocess_mode="livemax",
+GROQ_MODEL_AVAILABLE = smallest(
+    "groq_model_available", "0 if Groq rejects the key or lacks the model, else 1.", ["model"]
 )
-GROQ_MODEL_AVAILABLE = Gauge(
-    "groq_model_available",
-    "0 while Groq refuses the key or lacks the model, else 1.",
-    ["model"],
-    multiprocess_mode="livemin",
-)
-TOKEN_CACHE_LOOKUPS = Counter(
-    "token_cache_lookups_total", "Messages whose token count was looked up.", ["result"]
-)
-HISTORY_CONVERSATIONS = Gauge(
-    "history_conversations",
-    "Conversations kept in the history; in a large Redis, by a sample.",
-    multiprocess_mode="livemostrecent",
-)
-EVENT_LOOP_TASKS = Gauge(
-    "event_loop_tasks", "Tasks of the event loop, when it was scraped.", multiprocess_mode="livesum"
-)
-HISTORY_LOST = Counter(
-    "history_lost_exchanges_total", "Exchanges that could not be stored in the shared history."
-)
-REDIS_UP = Gauge(
-    "redis_up",
-    "1 while Redis takes what it is told, 0 while it does not, NaN where none is configured.",
-    multiprocess_mode="livemin",
-)
+TOKEN_CACHE_LOOKUPS = Counter("token_cache_lookups_total", "Token counts looked up.", ["result"])
+HISTORY_CONVERSATIONS = total("history_conversations", "Conversations kept in memory.")
+HISTORY_LOST = Counter("history_lost_exchanges_total", "Exchanges that Redis did not store.")
+EVENT_LOOP_TASKS = total("event_loop_tasks", "Tasks of the event loop.")
+REDIS_UP = smallest("redis_up", "1 if Redis accepts commands, NaN if there is none.")
 
 REDIS_UP.set(nan)
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
+GROQ_OUTCOMES = {*OUTCOMES[:2], "internal", "quota", *reasons(GroqError)} - {GroqCircuitOpen.reason}
 
-# A series that is there from the start shows its first increase.
-for _stream_type in STREAM_TYPES:
-    CHAT_REQUESTS.labels(_stream_type)
-    CHAT_REPLIES_ACTIVE.labels(_stream_type)
-    for _outcome in OUTCOMES:
-        CHAT_REPLIES.labels(_stream_type, _outcome)
-for _direction in ("prompt", "completion"):
-    CHAT_TOKENS.labels(_direction)
-for _result in ("hit", "miss"):
-    TOKEN_CACHE_LOOKUPS.labels(_result)
-for _reason in reasons():
-    CHAT_ERRORS.labels(_reason)
-for _outcome in ("completed", "cancelled", *(reasons(GroqError) - {GroqDown.reason})):
-    GROQ_REQUESTS.labels(_outcome)
+# Children are looked up once, and a series that exists from the start shows its first increase.
+requests = {name: CHAT_REQUESTS.labels(name) for name in STREAM_TYPES}
+active = {name: CHAT_REPLIES_ACTIVE.labels(name) for name in STREAM_TYPES}
+replies = {(name, how): CHAT_REPLIES.labels(name, how) for name in STREAM_TYPES for how in OUTCOMES}
+prompt_tokens, completion_tokens = map(CHAT_TOKENS.labels, ("prompt", "completion"))
+cache_hits, cache_misses = map(TOKEN_CACHE_LOOKUPS.labels, ("hit", "miss"))
+errors = {reason: CHAT_ERRORS.labels(reason) for reason in reasons()}
+groq_requests = {outcome: GROQ_REQUESTS.labels(outcome) for outcome in GROQ_OUTCOMES}
+http_requests = cache(HTTP_REQUESTS.labels)
+http_request_duration = cache(HTTP_REQUEST_DURATION.labels)
 
 
 def render() -> bytes:
-    """Return all metrics in Prometheus' text format."""
+    return prometheus_client.generate_latest(_registry())
+
+
+def serve(port: int) -> None:
+    """Serve the metrics on a port of their own, from a thread, until the process ends."""
+    prometheus_client.start_http_server(port, "0.0.0.0", _registry())  # noqa: S104
+
+
+def watch_event_loop() -> None:
+    """Count the tasks of the current event loop when they are asked for."""
+    loop = asyncio.get_running_loop()
+    EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
+
+
+def _registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     try:
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     except ValueError:  # PROMETHEUS_MULTIPROC_DIR is not set: there is one process
-        registry = REGISTRY
-    return generate_latest(registry)
-
-
-def forget_process(pid: int) -> None:
-    """Take the gauges of a worker that has ended out of the sums."""
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        return REGISTRY
+    return registry

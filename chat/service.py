@@ -1,284 +1,218 @@
 """
-One turn of a chat, the same for every transport: the only place where history, tokens and Groq
-meet.
+One turn of a chat, the same for every transport: the only place where history, token counts and
+Groq meet.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
-from chat import metrics
+from chat import errors, metrics
 from chat.config import Settings
-from chat.context import fit, newest, split, without_overlap
-from chat.errors import (
-    CallerLeft,
-    ChatError,
-    ConversationNotFound,
-    GroqRefused,
-    GroqTimeout,
-    InternalError,
-    TooBusy,
-    TooManyReplies,
-)
-from chat.history import SHARED, Exchange, History, flatten
-from chat.messages import MAX_MESSAGES, ChatRequest, Message, Usage
-from chat.places import Places
-from chat.reply import Outcome, Reply, StreamType
-from chat.tokens import Count, TokenCounts, estimate, estimate_tokens
-from chat.upstream import Upstream
+from chat.llm.client import GroqClient
+from chat.messages import ChatRequest, Exchange, Message, flatten
+from chat.prompt import fit, split
+from chat.reply import Reply, Usage
+from chat.storage.history import SHARED, History
+from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
 logger = logging.getLogger(__name__)
 
 
-CONSIDERED_MESSAGES = 2 * MAX_MESSAGES
-"""Earlier messages that are looked at in a turn: each takes some microseconds of everybody's."""
-
-
 @dataclass(slots=True)
 class Turn:
-    """What a reply is asked for with."""
+    """What a reply is asked for with, and what is stored at its end."""
 
     conversation: str | None
-    history: Sequence[Exchange]
-    """The exchanges that go along, stored or told of by the caller."""
-    new: list[Message]
-    """The messages to reply to."""
-    counts: list[Count]
-    """Of the messages of both."""
-    told: Sequence[Exchange]
-    """The exchanges that the caller has told of and that are not stored yet."""
+    is_transcript: bool  # the client has sent the exchanges before the new messages
+    before: Sequence[Exchange]
+    history: Sequence[Exchange]  # those of them that are sent
+    fixed: Sequence[Message]  # what is sent in front of them in any case
+    new: Sequence[Message]
+    new_count: Count
+    fixed_tokens: int
 
     @property
-    def messages(self) -> list[Message]:
-        return [*flatten(self.history), *self.new]
-
-    def keep_newest(self, count: int) -> None:
-        """Leave out all but so many of the exchanges that go along."""
-        self.history = self.history[len(self.history) - count :]
-        self.counts = self.counts[len(self.counts) - len(self.messages) :]
+    def known_tokens(self) -> int:
+        """The tokens of the prompt without those of the new messages."""
+        return self.fixed_tokens + sum(exchange.tokens for exchange in self.history)
 
 
 class ChatService:
-    """Answer chat requests, each with a `Reply` that fills while it is read."""
+    """Answer chat requests."""
 
     def __init__(
-        self, settings: Settings, *, history: History, counts: TokenCounts, upstream: Upstream
+        self, settings: Settings, *, history: History, counts: TokenCounts, groq: GroqClient
     ) -> None:
-        self._settings = settings
-        self._history = history
-        self._counts = counts
-        self._upstream = upstream
-        self._system: list[Message] = []
-        self._system_tokens = 0
-        if settings.system_prompt:
-            self._system = [Message("system", settings.system_prompt)]
-            self._system_tokens = estimate(self._system[0])
-        self._replies: dict[asyncio.Task[None], Reply] = {}
-        self._refusal: Callable[[], ChatError] | None = None
-        self._places = Places(settings.max_concurrent_per_client, TooManyReplies)
-
-    def reply_to(self, request: ChatRequest, stream_type: StreamType, client: str) -> Reply:
-        """
-        Begin the reply to a request; who takes it ends it with `stop` or `abandon`.
-
-        Raises:
-            TooBusy, TooManyReplies: too many run already, of all clients or of this one.
-            ChatError: what `refuse` was given.
-        """
-        if self._refusal:
-            raise self._refusal()
-        room = ExitStack()
-        room.enter_context(self._room(client))
-        reply = Reply(stream_type, self._settings.model, self._settings.reply_timeout)
-        task = asyncio.create_task(self._run(request, reply))
-        reply.begin(task.cancel)
-        self._replies[task] = reply
-        room.callback(self._replies.pop, task)
-        task.add_done_callback(lambda _: room.close())
-        return reply
-
-    @contextmanager
-    def _room(self, client: str) -> Iterator[None]:
-        if self._places.taken >= self._settings.max_concurrent:
-            raise TooBusy
-        with self._places.taken_by(client):
-            yield
+        self._settings, self._history, self._counts = settings, history, counts
+        self._groq, self._is_draining = groq, False
+        self._system = [Message("system", settings.system_prompt)] * bool(settings.system_prompt)
+        self._system_tokens = sum(map(estimate, self._system))
+        self._replies: set[Reply] = set()
 
     @asynccontextmanager
-    async def reading(self, conversation: str, client: str) -> AsyncIterator[list[Message]]:
+    async def answer(
+        self, request: ChatRequest, reply: Reply
+    ) -> AsyncIterator[AsyncGenerator[list[str], None]]:
         """
-        Give the messages of a caller's conversation; to read them takes the room of a reply, since
-        they may be as many bytes.
+        Give the tokens of the reply, a read at a time, for as long as the context lasts; leaving it
+        stops Groq. The exchange is stored before the tokens end. On entry or exit, `ChatError` is
+        raised if the reply was not admitted, failed or was cancelled.
+        """
+        self._admit(reply)
+        with self._counted(reply):
+            if reply.is_cancelled:
+                raise errors.ReplyCancelled
+            turn, reply.task = None, asyncio.current_task()
+            reply.deadline = reply.started_at + self._settings.reply_timeout
+            try:
+                async with asyncio.timeout_at(reply.deadline) as reply.timeout:
+                    turn = await self._prepare(request, reply)
+                    async with aclosing(self._tokens(turn, reply)) as tokens:
+                        yield tokens
+            except TimeoutError:
+                raise reply.expiry or errors.GroqTimeout() from None
+            except asyncio.CancelledError:
+                if not reply.is_cancelled or (reply.task and reply.task.uncancel() > 0):
+                    raise
+                if turn and reply.sent and not reply.is_whole:
+                    await self._store(turn, reply)
+                raise errors.ReplyCancelled from None
+            finally:
+                reply.task = reply.timeout = None
 
-        Raises:
-            ConversationNotFound: nothing is stored under that id.
-            TooBusy, TooManyReplies: too many run already, of all clients or of this one.
-        """
-        with self._room(client):
-            exchanges = await self._history.read(conversation)
-            if not exchanges:
-                raise ConversationNotFound
-            yield flatten(exchanges)
+    async def read(self, conversation: str) -> list[Message]:
+        """Return the messages of a conversation; raise `ConversationNotFound` if there are none."""
+        if exchanges := await self._history.read(conversation):
+            return flatten(exchanges)
+        raise errors.ConversationNotFound
 
     async def forget(self, conversation: str) -> None:
-        """Forget a caller's conversation, whether or not there is one."""
+        """Forget a conversation, whether or not there is one."""
         await self._history.forget(conversation)
 
-    async def count_conversations(self) -> int:
-        return await self._history.count()
+    async def drain(self, timeout: float) -> None:
+        """Begin no more replies, and end those in progress after `timeout` seconds."""
+        self._is_draining = True
+        if tasks := [reply.task for reply in self._replies if reply.task]:
+            await asyncio.wait(tasks, timeout=timeout)
+        for reply in self._replies:
+            logger.warning("drain timeout: ending a reply")
+            reply.expire(errors.Draining())
 
-    def refuse(self, error: Callable[[], ChatError]) -> None:
-        """Begin no more replies."""
-        self._refusal = error
+    def _admit(self, reply: Reply) -> None:
+        limit, client = self._settings.max_concurrent_per_client, reply.client
+        if self._is_draining:
+            raise errors.Draining
+        if len(self._replies) >= self._settings.max_concurrent:
+            raise errors.TooBusy
+        if limit and sum(each.client == client for each in self._replies) >= limit:
+            raise errors.TooManyReplies(limit)
 
-    async def wait_idle(self, timeout: float) -> bool:
-        """
-        Wait for the replies that run, and until what they said is stored.
+    @contextmanager
+    def _counted(self, reply: Reply) -> Iterator[None]:
+        """Find out how the reply ends, for the log and the metrics."""
+        self._replies.add(reply)
+        metrics.requests[reply.stream_type].inc()
+        metrics.active[reply.stream_type].inc()
+        try:
+            yield
+            reply.outcome = "completed"
+        except errors.ReplyCancelled:
+            reply.outcome = "cancelled"
+            raise
+        except (asyncio.CancelledError, errors.ClientDisconnected):
+            reply.outcome, reply.error = "cancelled", errors.ClientDisconnected()
+            raise
+        except errors.ChatError as error:
+            reply.error = error
+            raise
+        except Exception as error:
+            logger.exception("unexpected error in a reply")
+            reply.error = errors.InternalError()
+            raise reply.error from error
+        finally:
+            self._replies.discard(reply)
+            metrics.active[reply.stream_type].dec()
+            metrics.replies[reply.stream_type, reply.outcome].inc()
+            metrics.CHAT_REPLY_DURATION.observe(reply.duration_ms / 1000)
+            if reply.ttft_ms is None:
+                reply.prompt_tokens = None  # nothing was generated
+            else:
+                self._count_tokens(reply, reply.ttft_ms)
 
-        Args:
-            timeout: seconds to wait at most.
+    def _count_tokens(self, reply: Reply, ttft_ms: float) -> None:
+        usage = reply.usage or Usage()
+        reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
+        reply.completion_tokens = usage.completion_tokens or estimate_tokens(reply.text)
+        metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
+        metrics.completion_tokens.inc(reply.completion_tokens)
+        if reply.is_stream:  # a JSON reply comes as a whole
+            metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(ttft_ms / 1000)
 
-        Returns:
-            Whether the replies ended in time.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                if self._replies:
-                    await asyncio.wait(self._replies)
-                await self._history.flush()
-        return not self._replies
-
-    def interrupt(self, error: Callable[[], ChatError]) -> None:
-        """End all replies that run, for a reason of ours."""
-        for reply in self._replies.values():
-            reply.interrupt(error())
-
-    async def aclose(self) -> None:
-        """End all replies that still run."""
-        running = list(self._replies)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-
-    async def _run(self, request: ChatRequest, reply: Reply) -> None:
-        metrics.CHAT_REQUESTS.labels(reply.stream_type).inc()
-        with metrics.CHAT_REPLIES_ACTIVE.labels(reply.stream_type).track_inprogress():
-            outcome: Outcome = "failed"
-            error: ChatError | None = None
-            turn = None
-            try:
-                async with asyncio.timeout_at(reply.deadline):
-                    turn = await self._prepare(request)
-                    await self._ask(turn, reply)
-                outcome = "completed"
-            except TimeoutError:
-                error = GroqTimeout()
-            except asyncio.CancelledError:
-                reply.keep_what_was_sent()
-                error = reply.interruption
-                if error is None:
-                    outcome = "cancelled"
-                    error = None if reply.was_stopped else CallerLeft()
-            except ChatError as raised:
-                error = raised
-            except Exception:
-                logger.exception("a reply failed by a fault of ours")
-                error = InternalError()
-            reply.settle()
-            try:
-                await self._store(turn, reply, outcome)
-            finally:
-                reply.end(outcome, error)
-            self._count_and_learn(turn, reply, outcome)
-
-    async def _prepare(self, request: ChatRequest) -> Turn:
-        conversation = request.conversation
-        if conversation is None and self._settings.shared_conversation:
+    async def _prepare(self, request: ChatRequest, reply: Reply) -> Turn:
+        settings, conversation = self._settings, request.conversation
+        if conversation is None and settings.shared_conversation:
             conversation = SHARED
-        stored = await self._history.read(conversation) if conversation else ()
-        is_full = len(stored) >= self._settings.max_exchanges
-        told, new = split(without_overlap(stored, request.messages, is_full=is_full), stored)
-        earlier = [*stored, *told]
-        if conversation:
-            earlier = earlier[-self._settings.max_exchanges :]
-        history = newest(earlier, CONSIDERED_MESSAGES)
-        counts = await self._counts.count([*flatten(history), *new])
-        costs = _costs(history, counts)
-        kept = fit(
-            history,
-            costs,
-            fixed=self._system_tokens + _total(counts[len(counts) - len(new) :]),
-            max_tokens=self._settings.max_tokens,
-            context_tokens=self._settings.context_tokens,
-        )
-        turn = Turn(conversation, history, new, counts, told)
-        turn.keep_newest(kept)
+        leading, told, new = split(request.messages)
+        before, is_transcript = list[Exchange](), bool(leading or told)
+        if conversation and not is_transcript:
+            before = [*await self._history.read(conversation)]
+        counts = iter(await self._counts.count([*chain(*told), *new]))
+        for number, messages in enumerate(told):
+            tokens, is_exact = total([next(counts) for _ in messages])
+            before.append(Exchange(messages, tokens, number, is_exact))
+        new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
+        room = settings.context_tokens - settings.max_tokens
+        step = max(1, settings.max_exchanges // 4)
+        history = fit(before, fixed=fixed + new_count.tokens, room=room, step=step)
+        first = [*self._system, *leading]
+        turn = Turn(conversation, is_transcript, before, history, first, new, new_count, fixed)
+        reply.prompt_tokens = turn.known_tokens + new_count.tokens
         return turn
 
-    async def _ask(self, turn: Turn, reply: Reply) -> None:
-        """Ask; where that is too much for the model, once more with half of the history."""
-        try:
-            await self._ask_once(turn, reply)
-        except GroqRefused as error:
-            if not (error.is_too_large and turn.history):
-                raise
-            metrics.GROQ_RETRIES.inc()
-            turn.keep_newest(len(turn.history) // 2)
-            await self._ask_once(turn, reply)
+    async def _tokens(self, turn: Turn, reply: Reply) -> AsyncGenerator[list[str], None]:
+        while not reply.is_whole:
+            messages = [*turn.fixed, *flatten(turn.history), *turn.new]
+            try:
+                async with aclosing(self._groq.stream(messages, reply)) as tokens:
+                    async for some in tokens:
+                        yield some
+                        reply.sent += some  # only what the transport has taken
+                reply.is_whole = True
+            except errors.GroqRefused as error:
+                if not (error.is_too_large and turn.history):
+                    raise
+                turn.history = turn.history[(len(turn.history) + 1) // 2 :]
+                metrics.GROQ_RETRIES.inc()
+        if reply.timeout:
+            reply.timeout.reschedule(None)  # a stored reply does not end as a timeout
+        await self._store(turn, reply)
 
-    async def _ask_once(self, turn: Turn, reply: Reply) -> None:
-        reply.prompt_tokens = self._system_tokens + _total(turn.counts)
-        await self._upstream.ask([*self._system, *turn.messages], reply)
+    async def _store(self, turn: Turn, reply: Reply) -> None:
+        """Store the exchange before the client learns of the end: its next request may need it."""
+        answer = Message("assistant", reply.text)
+        tokens, is_exact = self._learn(turn, reply, answer)
+        number = turn.before[-1].number + 1 if turn.before else 0
+        exchange = Exchange((*turn.new, answer), tokens, number, is_exact)
+        if turn.conversation and turn.is_transcript and turn.conversation != SHARED:
+            await self._history.replace(turn.conversation, [*turn.before, exchange])
+        elif turn.conversation:
+            await self._history.append(turn.conversation, exchange)
 
-    async def _store(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
-        """Store the exchange before the caller learns of the end: the next request may need it."""
-        is_stopped = outcome == "cancelled" and reply.was_stopped and reply.has_tokens
-        if turn and turn.conversation and (outcome == "completed" or is_stopped):
-            exchange = Exchange((*turn.new, Message("assistant", reply.text)), len(turn.history))
-            await self._history.append(turn.conversation, *turn.told, exchange)
-        if reply.is_accepted:
-            _count_tokens(reply)
-
-    def _count_and_learn(self, turn: Turn | None, reply: Reply, outcome: Outcome) -> None:
-        """Count and learn, off the caller's path."""
-        _count_reply(reply, outcome)
+    def _learn(self, turn: Turn, reply: Reply, answer: Message) -> Count:
+        """Return the count of the exchange, and remember what Groq's report says about it."""
+        asked, answered, usage = turn.new_count, None, reply.usage
         # Another model's counts are not this one's.
-        is_ours = reply.model == self._settings.model
-        if turn and outcome == "completed" and reply.usage and is_ours:
-            self._learn(turn, reply, reply.usage)
-
-    def _learn(self, turn: Turn, reply: Reply, usage: Usage) -> None:
-        self._counts.learn(
-            turn.messages,
-            turn.counts,
-            prompt_tokens=(usage.prompt_tokens or 0) - self._system_tokens,
-            reply=Message("assistant", reply.text),
-            reply_tokens=usage.reply_tokens,
-        )
-
-
-def _costs(history: Sequence[Exchange], counts: Sequence[Count]) -> list[int]:
-    tokens = iter(counts)
-    return [sum(next(tokens).tokens for _ in each.messages) for each in history]
-
-
-def _total(counts: Sequence[Count]) -> int:
-    return sum(count.tokens for count in counts)
-
-
-def _count_tokens(reply: Reply) -> None:
-    usage = reply.usage or Usage()
-    reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens or 0
-    reply.completion_tokens = usage.completion_tokens or estimate_tokens(reply.text)
-    metrics.CHAT_TOKENS.labels("prompt").inc(reply.prompt_tokens)
-    metrics.CHAT_TOKENS.labels("completion").inc(reply.completion_tokens)
-
-
-def _count_reply(reply: Reply, outcome: Outcome) -> None:
-    metrics.CHAT_REPLIES.labels(reply.stream_type, outcome).inc()
-    metrics.CHAT_REPLY_DURATION.observe(reply.duration)
-    # A JSON reply comes as a whole: its first token would say nothing of the stream's.
-    if reply.time_to_first_token is not None and reply.stream_type != "json":
-        metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(reply.time_to_first_token)
+        if usage and reply.is_whole and reply.model == self._settings.model:
+            if self._counts.learn(answer, usage.reply_tokens):
+                answered = Count(usage.reply_tokens, True)
+            is_rest_known = all(exchange.is_exact for exchange in turn.history)
+            if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
+                tokens = (usage.prompt_tokens or 0) - turn.known_tokens
+                if self._counts.learn(turn.new[0], tokens):
+                    asked = Count(tokens, True)
+        return total([asked, answered or Count(estimate(answer), False)])

@@ -1,4 +1,4 @@
-"""A real browser, Debian's Chromium, with the chat page in it."""
+"""A real browser, Debian's Chromium, with the chat page open."""
 
 import os
 import re
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.servers import Service, wait_until
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import PATIENCE, Service, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -59,14 +60,21 @@ const long = "a line that is much too long for the screen of any phone, so that 
 def browser() -> Iterator[Browser]:
     # Chromium's sandbox does not work for root, who runs the tests in a container.
     options = ["--no-sandbox"] if os.getuid() == 0 else []
+    expect.set_options(timeout=PATIENCE * 1000)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield running
         running.close()
 
 
+@pytest.fixture
+def chat(browser: Browser, service: Service, groq: FakeGroq) -> Iterator["Chat"]:
+    with open_chat(browser, service) as opened:
+        yield opened
+
+
 class Chat:
-    """The page as its user knows it: by labels and roles."""
+    """The page as its user sees it: by labels and roles."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -90,7 +98,7 @@ class Chat:
         return self.replies.last
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what a route's handler does: it is called while the page is spoken to."""
+        """Wait for a route's handler, which runs only while the page is in use."""
         wait_until(lambda: self.page.evaluate("true") and condition())
 
     @property
@@ -103,9 +111,16 @@ class Chat:
         return stored
 
 
+def begin_reply(chat: Chat, groq: FakeGroq) -> None:
+    """Ask for a reply that pauses after "a" and ends as "ab" once Groq is released."""
+    groq.on("slow", Script(["a", "b"], hold_before_token=1))
+    chat.say("slow")
+    expect(chat.replies.last).to_have_text("a")
+
+
 @contextmanager
 def open_chat(browser: Browser, service: Service, **options: Any) -> Iterator[Chat]:
-    """Open the page; at the end, nothing may have gone wrong or been asked of another host."""
+    """Open the page; fail at the end after any error or request to another host."""
     with closing_context(browser, **options) as context:
         page = context.new_page()
         faults: list[str] = []
@@ -116,17 +131,15 @@ def open_chat(browser: Browser, service: Service, **options: Any) -> Iterator[Ch
         page.goto(service.url)
         yield Chat(page)
         expected = r"/conversations/|WebSocket connection to|Failed to load resource"
-        expected += r"|Autofocus processing was blocked|was preloaded"  # said on a busy machine
-        faults = [fault for fault in faults if not re.search(expected, fault)]
-        assert not faults, faults
-        foreign = [url for url in asked if not url.startswith(service.url)]
-        assert not foreign, foreign
+        expected += r"|Autofocus processing was blocked|was preloaded"  # on a busy machine
+        assert not [fault for fault in faults if not re.search(expected, fault)]
+        assert not [url for url in asked if not url.startswith(service.url)]
 
 
 @contextmanager
 def closing_context(browser: Browser, **options: Any) -> Iterator[BrowserContext]:
     context = browser.new_context(reduced_motion="reduce", **options)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(PATIENCE * 1000)
     try:
         yield context
     finally:

@@ -2,8 +2,7 @@
 
 
 class Clock:
-    now = 1000.0
-    """Seconds."""
+    now = 1000.0  # seconds
 
     def __call__(self) -> float:
         return self.now

@@ -1,7 +1,8 @@
-"""What the tests stand on: real processes, real sockets, a real Redis server; all their own."""
+"""The fixtures of all tests: real processes, real sockets and a real Redis server of their own."""
 
-from collections.abc import Iterator
-from typing import Protocol
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from uuid import uuid4
 
 import pytest
@@ -13,11 +14,16 @@ from tests.servers import RedisServer, Service
 settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 settings.load_profile("tests")
 
+only_with_coverage = pytest.mark.skipif(
+    os.environ.get("COVERAGE") != "1", reason="takes long; runs with COVERAGE=1"
+)
+StartService = Callable[..., Service]
 
-class StartService(Protocol):
-    """Starts a service with some settings; it is ended with the test."""
 
-    def __call__(self, **settings: object) -> Service: ...
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop of async tests."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -28,42 +34,38 @@ def module_groq() -> Iterator[FakeGroq]:
 
 @pytest.fixture
 def groq(module_groq: FakeGroq) -> FakeGroq:
-    """A stand-in for Groq, with no scripts and no memory of other tests."""
+    """A stand-in for Groq without scripts or requests of other tests."""
     module_groq.reset()
     return module_groq
 
 
 @pytest.fixture(scope="module")
 def service(module_groq: FakeGroq) -> Iterator[Service]:
-    """A service with the default settings, without Redis; one for all tests of a module."""
+    """A service with the default settings and without Redis, shared by the tests of a module."""
     with Service(GROQ_BASE_URL=module_groq.url) as running:
         yield running
 
 
 @pytest.fixture
 def start_service(groq: FakeGroq) -> Iterator[StartService]:
-    """Starts a service of the test's own."""
-    started: list[Service] = []
+    """Start services with the given settings, for this test alone."""
+    with ExitStack() as stack:
 
-    def start(**settings: object) -> Service:
-        settings = {"GROQ_BASE_URL": groq.url, **settings}
-        one = Service(**settings)
-        started.append(one.__enter__())
-        return one
+        def start(**settings: object) -> Service:
+            settings = {"GROQ_BASE_URL": groq.url, **settings}
+            return stack.enter_context(Service(**settings))
 
-    yield start
-    for each in started:
-        each.__exit__(None, None, None)
+        yield start
 
 
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
-    """A Redis server of the test's own."""
+    """A Redis server for this test alone."""
     with RedisServer() as server:
         yield server
 
 
 @pytest.fixture
 def conversation() -> str:
-    """The id of a conversation that nobody else has."""
+    """The id of a new conversation."""
     return uuid4().hex

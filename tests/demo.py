@@ -1,41 +1,38 @@
-"""`make demo`: the service in front of the stand-in for Groq; no key, no Redis, no network."""
+"""`make demo`: the service with a stand-in for Groq; it needs no key, Redis or network."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-
-import httpx
 
 from tests.fake_groq import FakeGroq, Script
+from tests.servers import Caller, wait_until
 
 PORT = os.environ.get("PORT", "8000")
 URL = f"http://127.0.0.1:{PORT}"
 BODY = '{"messages":[{"role":"user","content":"Hello!"}]}'
 TRY = f"""
-The service listens on {URL}, in front of a stand-in that echoes.
-Open that in a browser to chat, or try:
+The service listens on {URL}, with a stand-in for Groq that echoes.
+Open that address in a browser, or try:
 
   curl -s {URL}/chat -d '{BODY}'
   curl -sN {URL}/chat?stream=true -d '{BODY}'
   curl -s {URL}/metrics
 
-Ctrl-C ends it.
+Press Ctrl-C to stop it.
 """
 
-
+# Replies to the example questions of the page.
 REPLIES = {
     "Explain how a rainbow comes about, in plain words": """\
-A rainbow is sunlight, **sorted by colour** by millions of drops of rain.
+A rainbow is sunlight, **sorted by colour** in millions of raindrops.
 
-1. Light enters a drop and is bent, each colour by a little more or less.
-2. It is thrown back at the far side of the drop.
-3. It is bent once more on its way out, and the colours part.
+1. Light enters a drop and bends, each colour by a different angle.
+2. It is reflected at the far side of the drop.
+3. It bends once more on its way out, and the colours separate.
 
-You see one with the sun *behind* you: each colour reaches your eye from drops at an angle of its \
-own, about 42° for red and 40° for violet.
+You see one with the sun *behind* you.
 """,
     "Plan a rainy weekend in Lisbon with two children": """\
 Here is a weekend that stays dry:
@@ -75,7 +72,6 @@ through, so I attach it once more. If the payment is on its way, please take no 
 Kind regards
 """,
 }
-"""What the stand-in says to the examples that the page offers."""
 
 
 def main() -> int:
@@ -86,19 +82,11 @@ def main() -> int:
         service = subprocess.Popen([sys.executable, "server.py"], env={**os.environ, **settings})
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the service too
         signal.signal(signal.SIGTERM, lambda *_: service.terminate())
-        if is_up(service):
+        caller = Caller(int(PORT))
+        wait_until(lambda: service.poll() is not None or caller.is_up())
+        if service.poll() is None:  # otherwise its own message says why
             print(TRY, flush=True)
         return service.wait()
-
-
-def is_up(service: subprocess.Popen[bytes]) -> bool:
-    """Wait for the service; where it does not start, its own line says why."""
-    while service.poll() is None:
-        try:
-            return httpx.get(f"{URL}/health").is_success
-        except httpx.TransportError:
-            time.sleep(0.05)
-    return False
 
 
 if __name__ == "__main__":

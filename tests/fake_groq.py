@@ -1,23 +1,20 @@
 """
-A stand-in for Groq: a real HTTP server that speaks its protocol, and misbehaves when told to.
+A stand-in for Groq: a real HTTP server that speaks its protocol and misbehaves on request.
 
     with FakeGroq() as groq:
-        groq.on("weather", Script(["Sun", "ny"], interval=0.1))   # for messages with that word
+        groq.on("weather", Script(["Sun", "ny"], interval=0.1))   # for messages with this word
         ... point GROQ_BASE_URL at groq.url ...
-        groq.requests[0].is_closed_soon()                         # its peer has gone away
+        groq.requests[0].is_closed_soon()                         # the service hung up
 
-    python -m tests.fake_groq --port 9000 --interval 0.05         # by itself, echoing
-
-It runs in a thread with an event loop of its own, so that tests may block.
+It runs in a thread with its own event loop, so that tests may block.
 """
 
-import argparse
 import asyncio
 import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from tests.servers import PATIENCE, keep_secret
@@ -25,78 +22,73 @@ from tests.servers import PATIENCE, keep_secret
 
 @dataclass(frozen=True)
 class Script:
-    """What to do with one request. The default is a good reply that echoes the question."""
+    """How to answer a request; by default, with a reply that echoes the question."""
 
     tokens: Sequence[str] | None = None
     reasoning: Sequence[str] = ()
     prompt_tokens: int | None = 10
-    completion_tokens: int | None = None
-    """Without the reasoning's, which are counted one a delta and added."""
+    completion_tokens: int | None = None  # without the reasoning, whose deltas are a token each
     finish_reason: str | None = "stop"
     done: bool = True
 
     status: int = 200
     reason: str = "Whatever"
     headers: tuple[tuple[str, str], ...] = ()
-    body: bytes | None = None
-    """The whole body, in place of one that is made from the tokens."""
+    body: bytes | None = None  # the whole body, instead of one with the tokens
 
     newline: str = "\n"
-    piece: int | None = None
-    """Send the bytes in pieces of this size, each on its own."""
-    interval: float = 0.0
-    """Seconds between two tokens."""
-    comments: float | None = None
-    """Seconds between comment lines, sent for ever in place of the tokens."""
-    hold_before_status: bool = False
+    piece: int | None = None  # bytes that are sent at once
+    interval: float = 0.0  # seconds between tokens
+    comments: float | None = None  # seconds between comments, sent forever instead of tokens
+    hold_before_status: bool = False  # to hold is to send nothing more until `release`
     hold_before_token: int | None = None
-    """Say nothing more from here until `release`."""
+    hold_at_end: bool = False
     cut_before_status: bool = False
     cut_before_token: int | None = None
-    cut_at_end: bool = False
-    """Leave off the end of the body."""
+    cut_at_end: bool = False  # omit the end of the body
     error_before_token: int | None = None
     error: str = 'data: {"error":{"message":"org_secret is over capacity","type":"server_error"}}'
+
+    def __str__(self) -> str:
+        """Return what differs from the default, for the name of a test."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown = {name: value for name, value in values.items() if value != getattr(Script, name)}
+        return ", ".join(f"{name}={value!r:.60}" for name, value in shown.items())
 
 
 @dataclass
 class Request:
-    """One request as it was received, and how it ended."""
+    """A request as received, and how it ended."""
 
-    method: str
     path: str
     headers: dict[str, str]
     body: Any
     received_at: float
     connection: int
-    sent_at: list[float] = field(default_factory=list)
-    """When each token left."""
+    sent_at: list[float] = field(default_factory=list)  # when each token was
     answered: bool = False
-    closed: threading.Event = field(default_factory=threading.Event)
-    """Set when the peer has gone away, or the connection was closed."""
+    closed: threading.Event = field(default_factory=threading.Event)  # by either side
 
     @property
     def contents(self) -> list[str]:
         return [message["content"] for message in self.body["messages"]]
 
     def is_closed_soon(self) -> bool:
-        """Wait for the connection's end; return whether it came."""
+        """Wait for the end of the connection; return whether it came."""
         return self.closed.wait(PATIENCE)
 
 
 class FakeGroq:
     """The server; `requests` is what it received, in order."""
 
-    def __init__(self, default: Script | None = None, *, port: int = 0) -> None:
-        self.default = default or Script()
+    def __init__(self, default: Script | None = None) -> None:
+        self.default = self._first_default = default or Script()
         self.requests: list[Request] = []
-        self._port = port
-        self.models: list[str] | None = None
-        """What `GET /models` lists; None: this server has no such path."""
+        self.models: list[str] | None = None  # None for a server without `GET /models`
         self.models_status = 200
         self._scripts: list[tuple[str, list[Script]]] = []
         self._changed = threading.Condition()
-        self._released = asyncio.Event()
+        self.released = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._connections: set[_Connection] = set()
@@ -119,40 +111,38 @@ class FakeGroq:
         return f"http://127.0.0.1:{self.port}/openai/v1"
 
     def on(self, text: str, *scripts: Script) -> None:
-        """
-        Follow the script when the last message of a request contains the text; of several
-        scripts, one after another, and the last one for all further requests.
-        """
+        """Answer requests whose last message contains the text by these scripts in turn."""
         self._scripts.insert(0, (text, list(scripts)))
 
     def reset(self) -> None:
         """Forget the scripts and the requests."""
+        self.default = self._first_default
         self._scripts.clear()
         self.requests.clear()
         self.models, self.models_status = None, 200
-        self._loop.call_soon_threadsafe(self._released.clear)
+        self._loop.call_soon_threadsafe(self.released.clear)
 
     def release(self) -> None:
-        """Go on with every request that is held."""
-        self._loop.call_soon_threadsafe(self._released.set)
+        """Continue with every held request."""
+        self._loop.call_soon_threadsafe(self.released.set)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition on what was received holds."""
+        """Wait until a condition on the requests holds."""
         with self._changed:
             assert self._changed.wait_for(condition, PATIENCE), "Groq waited in vain"
 
     def wait_for_request(self, text: str) -> Request:
-        """Wait for a request whose last message contains the text; return the newest."""
+        """Wait for a request whose last message contains the text; return the latest."""
         self.wait_for(lambda: bool(self.asked(text)))
         return self.asked(text)[-1]
 
     def asked(self, text: str) -> list[Request]:
         """Return the requests whose last message contains the text."""
-        return [each for each in list(self.requests) if text in each.contents[-1]]
+        return [request for request in list(self.requests) if text in request.contents[-1]]
 
     def script_for(self, request: Request) -> Script:
         last = request.contents[-1]
-        scripts = next((each for text, each in self._scripts if text in last), [self.default])
+        scripts = next((scripts for text, scripts in self._scripts if text in last), [self.default])
         script = scripts.pop(0) if len(scripts) > 1 else scripts[0]
         if script.tokens is None:
             words = last.split(" ")
@@ -165,15 +155,12 @@ class FakeGroq:
             change()
             self._changed.notify_all()
 
-    async def held(self) -> None:
-        await self._released.wait()
-
     async def _start(self) -> int:
         def connect() -> _Connection:
             self._opened += 1
             return _Connection(self, self._opened, self._connections)
 
-        self._server = await self._loop.create_server(connect, "127.0.0.1", self._port)
+        self._server = await self._loop.create_server(connect, "127.0.0.1", 0)
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
@@ -216,11 +203,11 @@ class _Connection(asyncio.Protocol):
         if len(rest) < length:
             return None
         self._received = rest[length:]
-        method, path, _ = first.split(" ")
+        path = first.split(" ")[1]
         if path.endswith("/models"):
             return self._list_models()
         body = json.loads(rest[:length]) if length else None
-        request = Request(method, path, headers, body, time.monotonic(), self._number)
+        request = Request(path, headers, body, time.monotonic(), self._number)
         keep_secret(*request.contents)
         self._request = request
         self._groq.note(lambda: self._groq.requests.append(request))
@@ -232,13 +219,13 @@ class _Connection(asyncio.Protocol):
     def _list_models(self) -> None:
         models = self._groq.models
         status = 404 if models is None else self._groq.models_status
-        body = json.dumps({"object": "list", "data": [{"id": each} for each in models or ()]})
+        body = json.dumps({"object": "list", "data": [{"id": model} for model in models or ()]})
         self._write_whole(Script(status=status), body.encode())
 
     async def _answer(self, request: Request) -> None:
         script = self._groq.script_for(request)
         if script.hold_before_status:
-            await self._groq.held()
+            await self._groq.released.wait()
         if script.cut_before_status:
             return self._transport.close()
         if script.status != 200:
@@ -252,10 +239,8 @@ class _Connection(asyncio.Protocol):
     async def _whole(self, script: Script, request: Request) -> None:
         tokens = script.tokens or ()
         if script.hold_before_token is not None or script.comments is not None:
-            await self._groq.held()
+            await self._groq.released.wait()
         await asyncio.sleep(script.interval * len(tokens))
-        if script.cut_before_token is not None:
-            return self._transport.close()
         choice = {"message": {"role": "assistant", "content": "".join(tokens) or None}}
         body: dict[str, Any] = {
             "choices": [{**choice, "finish_reason": script.finish_reason}],
@@ -270,7 +255,11 @@ class _Connection(asyncio.Protocol):
     def _write_whole(self, script: Script, body: bytes) -> None:
         head = [f"HTTP/1.1 {script.status} {script.reason}", f"content-length: {len(body)}"]
         head += _headers(script, "application/json")
-        self._transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
+        response = "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+        is_cut = script.cut_before_token is not None
+        self._transport.write(response[:-1] if is_cut else response)
+        if is_cut:
+            self._transport.close()
 
     async def _stream(self, script: Script, request: Request) -> None:
         head = ["HTTP/1.1 200 OK", "transfer-encoding: chunked"]
@@ -281,6 +270,8 @@ class _Connection(asyncio.Protocol):
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
                 if script.piece:
                     await asyncio.sleep(0)
+        if script.hold_at_end:
+            await self._groq.released.wait()
         if script.cut_at_end:
             self._transport.close()
         if not self._transport.is_closing():
@@ -290,12 +281,14 @@ class _Connection(asyncio.Protocol):
         if script.body is not None:
             yield script.body
             return
-        yield _chunk({"role": "assistant"}, x_groq={"id": "req_fake"})
-        async for event in self._thinking(script):
-            yield event
+        thoughts = [_chunk({"reasoning": thought}) for thought in script.reasoning]
+        yield b"".join([_chunk({"role": "assistant"}, x_groq={"id": "req_fake"}), *thoughts])
+        while script.comments is not None:
+            yield b": still thinking\n\n"
+            await asyncio.sleep(script.comments)
         for number, token in enumerate((*(script.tokens or ()), None)):
             if number == script.hold_before_token:
-                await self._groq.held()
+                await self._groq.released.wait()
             if number == script.cut_before_token:
                 self._transport.close()
                 return
@@ -310,16 +303,9 @@ class _Connection(asyncio.Protocol):
         for event in _ending(script):
             yield event
 
-    async def _thinking(self, script: Script) -> AsyncIterator[bytes]:
-        while script.comments is not None:
-            yield b": still thinking\n\n"
-            await asyncio.sleep(script.comments)
-        for thought in script.reasoning:
-            yield _chunk({"reasoning": thought})
-
 
 def _headers(script: Script, content_type: str) -> list[str]:
-    """The script's own, which may tell another content type, or an empty one for none."""
+    """The script's headers, which may replace the content type, or remove it by an empty one."""
     headers = {"content-type": content_type, **dict(script.headers)}
     return [f"{name}: {value}" for name, value in headers.items() if value]
 
@@ -331,7 +317,7 @@ def _chunk(delta: dict[str, Any], finish_reason: str | None = None, **members: A
 
 
 def _ending(script: Script) -> Iterator[bytes]:
-    """The finish, with the usage in the three places where Groq gives it."""
+    """The last chunks, with the usage in the three places where Groq puts it."""
     usage = _usage(script)
     if script.finish_reason:
         members = {"usage": usage, "x_groq": {"id": "req_fake", "usage": usage}} if usage else {}
@@ -359,17 +345,3 @@ def _usage(script: Script) -> dict[str, Any] | None:
 def _pieces(data: bytes, size: int | None) -> Iterator[bytes]:
     size = size or len(data) or 1
     return (data[start : start + size] for start in range(0, len(data), size))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A stand-in for Groq's API.")
-    parser.add_argument("--port", type=int, default=9000)
-    parser.add_argument("--interval", type=float, default=0.05, help="seconds between tokens")
-    options = parser.parse_args()
-    with FakeGroq(Script(interval=options.interval), port=options.port) as groq:
-        print(f"a stand-in for Groq listens on {groq.url}", flush=True)
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

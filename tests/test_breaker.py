@@ -1,22 +1,10 @@
-"""The circuit breaker: when it opens, whom it lets through, and when it closes again."""
-
-from contextlib import suppress
-from itertools import count
+"""The circuit breaker: when it opens, which requests it lets through, and when it closes again."""
 
 import pytest
 
-from chat.breaker import FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker, State
-from chat.errors import (
-    GroqDown,
-    GroqError,
-    GroqRateLimited,
-    GroqRefused,
-    GroqReplyBroken,
-    GroqUnreachable,
-)
+from chat.errors import GroqCircuitOpen
+from chat.llm.breaker import CLOSED, FIRST_PAUSE, HALF_OPEN, LONGEST_PAUSE, OPEN, CircuitBreaker
 from tests.clock import Clock
-
-names = (f"a-model-{number}" for number in count())
 
 
 @pytest.fixture
@@ -26,151 +14,75 @@ def clock() -> Clock:
 
 @pytest.fixture
 def breaker(clock: Clock) -> CircuitBreaker:
-    return CircuitBreaker(next(names), 3, clock=clock)
+    return CircuitBreaker("a-model", 3, clock)
 
 
-def fail(breaker: CircuitBreaker, error: GroqError | None = None) -> None:
-    with pytest.raises(GroqError), breaker.request():
-        raise error or GroqUnreachable()
-
-
-def state_of(breaker: CircuitBreaker) -> State:
-    return breaker.state  # asked anew: a type checker takes a property for a constant
-
-
-def open_it(breaker: CircuitBreaker) -> None:
+@pytest.fixture
+def open_breaker(breaker: CircuitBreaker) -> CircuitBreaker:
     for _ in range(3):
-        fail(breaker)
+        breaker.check()
+        breaker.failure()
+    return breaker
 
 
-def test_a_run_of_failures_opens_it(breaker: CircuitBreaker) -> None:
-    open_it(breaker)
-    assert state_of(breaker) is State.OPEN
-    with pytest.raises(GroqDown) as refused, breaker.request():
-        pytest.fail("let through")
-    assert refused.value.retry_after == 1
-    assert refused.value.status == 503
+def is_refused(breaker: CircuitBreaker, retry_after: int) -> bool:
+    with pytest.raises(GroqCircuitOpen) as refused:
+        breaker.check()
+    return refused.value.status == 503 and refused.value.retry_after == retry_after
 
 
-def test_an_answer_ends_a_run(breaker: CircuitBreaker) -> None:
+def test_only_consecutive_failures_open_it(breaker: CircuitBreaker) -> None:
     for _ in range(5):
-        fail(breaker)
-        fail(breaker)
-        with breaker.request() as succeed:
-            succeed()
-    assert state_of(breaker) is State.CLOSED
+        breaker.failure()
+        breaker.failure()
+        breaker.success()
+    breaker.check()
+    for state in (CLOSED, CLOSED, OPEN):
+        breaker.failure()
+        assert breaker.state == state
+    assert is_refused(breaker, retry_after=1)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413])
-def test_a_refusal_is_no_failure(breaker: CircuitBreaker, status: int) -> None:
-    for _ in range(10):
-        fail(breaker, GroqRefused(status, None))
-    assert state_of(breaker) is State.CLOSED
-
-
-def test_a_limit_tells_nothing_of_the_model_behind_it(breaker: CircuitBreaker) -> None:
-    for _ in range(10):
-        fail(breaker, GroqRateLimited(None))
-    assert state_of(breaker) is State.CLOSED
+def test_after_a_pause_a_single_request_goes_as_a_probe_and_another_if_it_has_no_result(
+    open_breaker: CircuitBreaker, clock: Clock
+) -> None:
     for _ in range(3):
-        fail(breaker)
-        fail(breaker, GroqRateLimited(None))
-    assert state_of(breaker) is State.OPEN
-
-
-def test_after_a_pause_one_request_goes_as_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
-    open_it(breaker)
-    clock.now += FIRST_PAUSE
-    with breaker.request() as succeed:
-        assert state_of(breaker) is State.HALF_OPEN
-        with pytest.raises(GroqDown), breaker.request():
-            pytest.fail("let through beside the probe")
-        succeed()
-        assert state_of(breaker) is State.CLOSED
-        fail(breaker)  # one failure while the probe's reply still streams
-        with breaker.request():
-            assert state_of(breaker) is State.CLOSED
-
-
-def test_while_a_probe_hangs_others_are_told_to_wait_for_longer_and_longer(
-    breaker: CircuitBreaker, clock: Clock
-) -> None:
-    def told() -> int | None:
-        with pytest.raises(GroqDown) as refused:
-            breaker.check()
-        return refused.value.retry_after
-
-    open_it(breaker)
-    clock.now += 3600  # nobody came
-    with breaker.request():
-        assert told() == 1
-        clock.now += 20
-        assert told() == 20
-
-
-def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(
-    breaker: CircuitBreaker, clock: Clock
-) -> None:
-    open_it(breaker)
-    pause = FIRST_PAUSE
-    for _ in range(8):
-        clock.now += pause - 0.01
-        with pytest.raises(GroqDown), breaker.request():
-            pytest.fail("let through too early")
-        clock.now += 0.01
-        fail(breaker)
-        pause = min(2 * pause, LONGEST_PAUSE)
-    assert pause == LONGEST_PAUSE
-
-
-def test_a_probe_whose_caller_leaves_makes_room_for_the_next(
-    breaker: CircuitBreaker, clock: Clock
-) -> None:
-    open_it(breaker)
-    clock.now += FIRST_PAUSE
-    with pytest.raises(KeyboardInterrupt), breaker.request():
-        raise KeyboardInterrupt
-    assert state_of(breaker) is State.OPEN
-    with breaker.request():
-        assert state_of(breaker) is State.HALF_OPEN
-
-
-def test_what_fails_late_does_not_put_off_the_probe(breaker: CircuitBreaker, clock: Clock) -> None:
-    with suppress(GroqError), breaker.request():
-        open_it(breaker)
-        clock.now += FIRST_PAUSE / 2
-        raise GroqUnreachable
-    clock.now += FIRST_PAUSE / 2
-    with breaker.request():
-        assert state_of(breaker) is State.HALF_OPEN
-
-
-def test_what_goes_wrong_after_an_answer_is_no_failure(breaker: CircuitBreaker) -> None:
-    for _ in range(10):
-        with suppress(GroqError), breaker.request() as succeed:
-            succeed()
-            raise GroqUnreachable
-    assert state_of(breaker) is State.CLOSED
-
-
-def test_what_fails_late_does_not_double_the_pause_of_a_probe(
-    breaker: CircuitBreaker, clock: Clock
-) -> None:
-    with suppress(GroqError), breaker.request():
-        open_it(breaker)
         clock.now += FIRST_PAUSE
-        with breaker.request():
-            raise GroqUnreachable
-    clock.now += 2 * FIRST_PAUSE
-    with breaker.request():
-        assert state_of(breaker) is State.HALF_OPEN
+        open_breaker.check()
+        assert open_breaker.state == HALF_OPEN
+        assert is_refused(open_breaker, retry_after=1)
 
 
-@pytest.mark.parametrize("error", [GroqRefused(522, None), GroqReplyBroken("sent nonsense")])
-def test_what_a_broken_proxy_says_does_not_close_it(
-    breaker: CircuitBreaker, clock: Clock, error: GroqError
+def test_a_probe_that_succeeds_closes_it_for_a_whole_run_and_resets_the_pause(
+    open_breaker: CircuitBreaker, clock: Clock
 ) -> None:
-    open_it(breaker)
-    clock.now += FIRST_PAUSE
-    fail(breaker, error)
-    assert state_of(breaker) is State.OPEN
+    for end in (open_breaker.failure, open_breaker.success):
+        clock.now += 2 * FIRST_PAUSE
+        open_breaker.check()
+        end()
+    for state in (CLOSED, CLOSED, OPEN):
+        open_breaker.failure()
+        assert open_breaker.state == state
+    assert is_refused(open_breaker, retry_after=1)
+
+
+def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(
+    open_breaker: CircuitBreaker, clock: Clock
+) -> None:
+    for pause in (1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE):
+        assert is_refused(open_breaker, retry_after=int(pause))
+        clock.now += pause - 0.01
+        assert is_refused(open_breaker, retry_after=1)
+        clock.now += 0.01
+        open_breaker.check()
+        open_breaker.failure()
+
+
+def test_what_fails_while_it_is_open_does_not_put_off_the_probe(
+    open_breaker: CircuitBreaker, clock: Clock
+) -> None:
+    clock.now += FIRST_PAUSE / 2
+    open_breaker.failure()
+    clock.now += FIRST_PAUSE / 2
+    open_breaker.check()
+    assert open_breaker.state == HALF_OPEN

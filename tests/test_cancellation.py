@@ -1,24 +1,48 @@
-"""When a caller goes away, Groq's connection is closed: over each transport, in each phase."""
+"""When a client goes away, Groq's connection is closed: over each transport, in each phase."""
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import Service, body, wait_until
+from tests.servers import Caller, Service, UvicornService, body, connected, raw_chat, wait_until
 
 Leave = Callable[[], None]
 
+TRANSPORTS = ("json", "sse", "websocket", "websocket, cut")
+PHASES = {
+    "before Groq's status": Script(hold_before_status=True),
+    "while the model thinks": Script(hold_before_token=0),
+    "in mid-stream": Script(["a", "b", "c"], hold_before_token=2),
+    "while comments come": Script(comments=0.02),
+    "in full flow": Script(["t"] * 10_000, interval=0.001),
+}
+LARGE = Script(["x" * 1000] * 12_000)  # more than the kernel's buffers hold
 
-def ask_over_http(service: Service, content: str, conversation: str, *, stream: bool) -> Leave:
-    sent = json.dumps(body(content, conversation, stream=stream)).encode()
-    connection = socket.create_connection(("127.0.0.1", service.port), 5)
-    head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n"
-    head += f"X-Request-ID: {request_id_for(conversation)}\r\n\r\n"
-    connection.sendall(head.encode() + sent)
+
+@pytest.fixture(scope="module", params=[Service, UvicornService], ids=["python", "uvicorn"])
+def either(request: pytest.FixtureRequest, module_groq: FakeGroq) -> Iterator[Service]:
+    with request.param(GROQ_BASE_URL=module_groq.url) as running:
+        yield running
+
+
+def ask(
+    transport: str, service: Caller, content: str, conversation: str, stack: ExitStack
+) -> Leave:
+    """Send a chat; return how to leave."""
+    if transport.startswith("websocket"):
+        websocket = stack.enter_context(service.socket())
+        websocket.send(json.dumps(body(content, conversation)))
+        if transport == "websocket":
+            return websocket.close
+        return lambda: websocket.socket.shutdown(socket.SHUT_RDWR)
+    connection = stack.enter_context(connected(service))
+    request_id = f"X-Request-ID: {request_id_for(conversation)}"
+    is_stream = transport == "sse"
+    connection.sendall(raw_chat(content, request_id, conversation=conversation, stream=is_stream))
     return connection.close
 
 
@@ -27,62 +51,65 @@ def request_id_for(conversation: str) -> str:
     return f"of-{conversation[::-1]}"
 
 
-def ask_over_websocket(
-    service: Service, content: str, conversation: str, stack: ExitStack, *, politely: bool
-) -> Leave:
-    websocket = stack.enter_context(service.socket())
-    websocket.send(json.dumps(body(content, conversation)))
-    if politely:
-        return websocket.close
-    return lambda: websocket.socket.shutdown(socket.SHUT_RDWR)
-
-
-def ask(
-    transport: str, service: Service, content: str, conversation: str, stack: ExitStack
-) -> Leave:
-    if transport.startswith("websocket"):
-        politely = transport == "websocket"
-        return ask_over_websocket(service, content, conversation, stack, politely=politely)
-    return ask_over_http(service, content, conversation, stream=transport == "sse")
-
-
-PHASES = {
-    "before Groq's status": Script(hold_before_status=True),
-    "while the model thinks": Script(hold_before_token=0),
-    "in mid-stream": Script(["a", "b", "c"], hold_before_token=2),
-    "while comments come": Script(comments=0.02),
-    "in full flow": Script(["t"] * 10_000, interval=0.001),
-}
-
-
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("transport", ["json", "sse", "websocket", "websocket, cut"])
-def test_groqs_connection_is_closed_when_the_caller_leaves(
-    service: Service, groq: FakeGroq, conversation: str, transport: str, phase: str
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_groqs_connection_is_closed_as_soon_as_the_client_leaves(
+    either: Service, groq: FakeGroq, conversation: str, transport: str, phase: str
 ) -> None:
     groq.on("question", PHASES[phase])
     with ExitStack() as stack:
-        leave = ask(transport, service, "question", conversation, stack)
+        leave = ask(transport, either, "question", conversation, stack)
         request = groq.wait_for_request("question")
         if transport != "json" and phase in ("in mid-stream", "in full flow"):
             wait_until(lambda: len(request.sent_at) >= 2)
         leave()
         assert request.is_closed_soon(), "long before any time limit of ours"
     assert not request.answered
-    assert service.contents(conversation) == []
+    assert either.contents(conversation) == []
+    if transport in ("json", "sse"):
+        line = either.log_line(request_id=request_id_for(conversation), endpoint="/chat")
+        shown = (line["level"], line["outcome"], line["error"])
+        assert shown == ("INFO", "cancelled", "client_disconnected")
+        has_begun = transport == "sse" and phase in ("in mid-stream", "in full flow")
+        assert line["status"] == (200 if has_begun else 499)
 
 
-@pytest.mark.parametrize("transport", ["json", "sse"])
-def test_a_caller_who_leaves_before_an_answer_is_one_line_in_the_log(
-    service: Service, groq: FakeGroq, conversation: str, transport: str
+@pytest.mark.parametrize("transport", ["sse", "websocket, cut"])
+def test_it_is_also_closed_while_the_client_does_not_read(
+    either: Service, groq: FakeGroq, conversation: str, transport: str
 ) -> None:
-    groq.on("question", Script(hold_before_status=True))
+    groq.on("large", LARGE)
     with ExitStack() as stack:
-        leave = ask(transport, service, "question", conversation, stack)
-        groq.wait_for_request("question")
+        leave = ask(transport, either, "large", conversation, stack)
+        request = groq.wait_for_request("large")
+        wait_until(lambda: len(request.sent_at) == len(LARGE.tokens or ()))
         leave()
-        service.log_line(request_id=request_id_for(conversation))
-    request_id = request_id_for(conversation)
-    lines = [x for x in service.log_lines() if x.get("request_id") == request_id]
-    shown = [(line["level"], line["status"], line["outcome"]) for line in lines]
-    assert shown == [("INFO", 499, "cancelled")]
+        assert request.is_closed_soon(), "long before SEND_TIMEOUT"
+    assert either.contents(conversation) == []
+
+
+@pytest.fixture(scope="module")
+def impatient(module_groq: FakeGroq) -> Iterator[Service]:
+    """A service that gives a client one second to read."""
+    with Service(GROQ_BASE_URL=module_groq.url, SEND_TIMEOUT=1) as running:
+        yield running
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_client_that_reads_nothing_is_cut_and_groq_with_it(
+    impatient: Service, groq: FakeGroq, conversation: str, transport: str
+) -> None:
+    groq.on("large", LARGE)
+    with ExitStack() as stack:
+        connection = stack.enter_context(connected(impatient))
+        if transport == "sse":
+            connection.sendall(raw_chat("large", conversation=conversation, stream=True))
+        else:
+            websocket = stack.enter_context(impatient.socket(sock=connection, max_queue=1))
+            websocket.send(json.dumps(body("large", conversation)))
+        request = groq.wait_for_request("large")
+        assert request.closed.wait(10), "SEND_TIMEOUT is a second"
+    wait_until(lambda: impatient.metric("chat_replies_active") == 0)
+    outcome = impatient.log_line(stream_type=transport)["outcome"]
+    assert outcome == "cancelled"
+    assert impatient.contents(conversation) == []

@@ -1,26 +1,27 @@
-"""The examples run as they stand, where their tool is installed."""
+"""The examples run unchanged, where their tool is installed."""
 
-import functools
-import http.server
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from tests.browser import browser, needs_browser
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import ROOT, Service
+from tests.servers import ROOT, Service, running
 
 __all__ = ["browser"]
 EXAMPLES = ROOT / "examples"
+# Text that a careless parser of event streams loses.
 TOKENS = ["Two", " lines:\n", "\n- one\u2028\n", "  - two: é", "[DONE]", " data: x"]
-"""What a careless parser of event streams loses."""
 COMMANDS = {
     "python": [sys.executable, "terminal.py"],
     "node": ["node", "ask.mjs"],
@@ -33,39 +34,27 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    return subprocess.run(
-        [*command, url, *arguments],
-        cwd=EXAMPLES,
-        input=typed,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=50,  # Go compiles first
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        check=False,
-    )
+    settings: dict[str, Any] = {"cwd": EXAMPLES, "capture_output": True, "encoding": "utf-8"}
+    settings["env"] = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    line = [*command, url, *arguments]
+    return subprocess.run(line, input=typed, timeout=50, check=False, **settings)  # Go compiles
 
 
 @pytest.mark.parametrize("language", COMMANDS)
-def test_an_example_prints_the_reply_letter_for_letter(
+def test_an_example_prints_the_exact_reply_and_any_error(
     service: Service, groq: FakeGroq, language: str
 ) -> None:
-    groq.on("question", Script(TOKENS))
+    groq.on("question", Script(TOKENS, finish_reason="length"))
     ended = run(COMMANDS[language], service.url, "question", typed="question\n")
-    assert "".join(TOKENS) in ended.stdout
+    assert "".join(TOKENS) + " (truncated: " in ended.stdout
     assert (ended.returncode, ended.stderr) == (0, "")
+    for script in (Script(status=500), Script(["a", "b"], error_before_token=1)):
+        groq.on("question", script)
+        ended = run(COMMANDS[language], service.url, "question", typed="question\n")
+        assert "error: the language model service " in ended.stdout + ended.stderr, script
 
 
-@pytest.mark.parametrize("script", [Script(status=500), Script(["a", "b"], error_before_token=1)])
-@pytest.mark.parametrize("language", COMMANDS)
-def test_an_example_tells_of_an_error_before_and_in_the_stream(
-    service: Service, groq: FakeGroq, language: str, script: Script
-) -> None:
-    groq.on("question", script)
-    ended = run(COMMANDS[language], service.url, "question", typed="question\n")
-    assert "error: the language model service " in ended.stdout + ended.stderr
-
-
-def test_the_example_with_curl_shows_the_whole_api(service: Service) -> None:
+def test_the_curl_example_shows_the_whole_api(service: Service) -> None:
     ended = run(["sh", "curl.sh"], service.url)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert '{"response":"You said: Hello!"}' in ended.stdout
@@ -75,46 +64,35 @@ def test_the_example_with_curl_shows_the_whole_api(service: Service) -> None:
 
 @pytest.fixture
 def origin() -> Iterator[str]:
-    """The origin of a page that is served by another server."""
-    handler = functools.partial(Quiet, directory=str(EXAMPLES))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    page = browser.new_page()
-    yield page
-    page.close()
+    """The origin of another server, which serves the examples."""
+    files = Mount("/", StaticFiles(directory=EXAMPLES))
+    with running(Starlette(routes=[files])) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @needs_browser
-def test_the_example_for_a_browser_chats_stops_and_goes_on(
-    start_service: StartService, groq: FakeGroq, origin: str, page: Page
+def test_the_browser_example_chats_stops_and_continues(
+    browser: Browser, start_service: StartService, groq: FakeGroq, origin: str
 ) -> None:
     groq.on("long", Script(["Once", " upon", " a"], hold_before_token=2))
     service = start_service(ALLOWED_ORIGINS=origin)
+    page = browser.new_page()
     page.goto(f"{origin}/browser.html?url={service.url}")
-    question, log = page.get_by_label("Message"), page.get_by_role("log")
-    question.fill("long")
-    question.press("Enter")
+    log = page.get_by_role("log")
+
+    def ask(text: str) -> None:
+        page.get_by_label("Message").fill(text)
+        page.get_by_label("Message").press("Enter")
+
+    ask("long")
     expect(log).to_contain_text("You: long Once upon")
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
-    question.fill("again")
-    question.press("Enter")
+    ask("again")
     expect(log).to_contain_text("You: again You said: again")
     assert groq.asked("again")[0].contents == ["long", "Once upon", "again"]
     groq.on("cut", Script(["Once", " more"], hold_before_token=1))
-    question.fill("cut")
-    question.press("Enter")
+    ask("cut")
     expect(log).to_contain_text("You: cut Once")
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     service.process.kill()

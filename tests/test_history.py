@@ -1,418 +1,306 @@
-"""The store of conversations, alone and from many threads, and as the service uses it."""
+"""The stores of conversations: one contract for all of them, and as the service uses them."""
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from uuid import uuid4
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from chat.history import Exchange, History, MemoryHistory, flatten
-from chat.link import open_link
-from chat.messages import Message
-from chat.shared_history import SharedHistory
+from chat.config import Settings
+from chat.messages import Exchange, Message, flatten
+from chat.storage.history import History
+from chat.storage.memory import MemoryHistory
+from chat.storage.redis import open_redis
+from chat.storage.redis_history import RedisHistory
 from tests.clock import Clock
 from tests.conftest import StartService
-from tests.fake_groq import FakeGroq
-from tests.servers import RedisCluster, Service
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import RedisCluster, RedisServer, Service, keep_secret
+
+pytestmark = pytest.mark.anyio
 
 
 def exchange(question: str, reply: str = "reply") -> Exchange:
-    return Exchange((Message("user", question), Message("assistant", reply)))
+    return Exchange((Message("user", question), Message("assistant", reply)), 10)
 
 
-def memory(
-    *,
-    max_exchanges: int = 20,
-    max_conversations: int = 100,
-    max_bytes: int = 1 << 30,
-    ttl: float = 60.0,
-    clock: Clock | None = None,
-) -> MemoryHistory:
-    return MemoryHistory(
-        max_exchanges=max_exchanges,
-        max_conversations=max_conversations,
-        max_bytes=max_bytes,
-        ttl=ttl,
-        clock=clock or Clock(),
-    )
+def memory(clock: Clock | None = None, **limits: Any) -> MemoryHistory:
+    settings = Settings(groq_api_key="k", **{"max_exchanges": 2, **limits})
+    return MemoryHistory(settings, clock or Clock())
 
 
-def questions(history: MemoryHistory, conversation: str) -> list[str]:
-    exchanges = asyncio.run(history.read(conversation))
-    return [message.content for message in flatten(exchanges) if message.role == "user"]
+@pytest.fixture(scope="module", params=["memory", "redis", "cluster"])
+async def history(request: pytest.FixtureRequest) -> AsyncIterator[History]:
+    """Each kind of store, with two exchanges a conversation."""
+    if request.param == "memory":
+        yield memory()
+        return
+    with RedisServer() if request.param == "redis" else RedisCluster() as server:
+        async with open_redis(server.address, "") as redis:
+            yield RedisHistory(Settings(groq_api_key="k", max_exchanges=2), redis)
 
 
-def ask(history: MemoryHistory, conversation: str, *contents: str) -> None:
+async def ask(history: History, conversation: str, *contents: str) -> None:
     for content in contents:
-        asyncio.run(history.append(conversation, exchange(content)))
+        await history.append(conversation, exchange(content))
 
 
-Scenario = Callable[[History], Awaitable[None]]
-STORES = ["memory", "redis", "cluster"]
+async def asked(history: History, conversation: str) -> list[str]:
+    messages = flatten(await history.read(conversation))
+    return [message.content for message in messages if message.role == "user"]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisCluster]:
-    with RedisCluster() as running:
-        yield running
+async def test_only_the_last_exchanges_stay(history: History, conversation: str) -> None:
+    await ask(history, conversation, "one", "two", "three")
+    assert await asked(history, conversation) == ["two", "three"]
 
 
-@pytest.fixture
-def on_store(request: pytest.FixtureRequest) -> Callable[[str, Scenario], None]:
-    """Runs a scenario on a store of that kind, with two exchanges a conversation."""
-
-    def run(store: str, scenario: Scenario) -> None:
-        if store == "memory":
-            asyncio.run(as_coroutine(scenario(memory(max_exchanges=2))))
-            return
-        address = (
-            request.getfixturevalue("redis_server").address
-            if store == "redis"
-            else request.getfixturevalue("cluster").url
-        )
-        asyncio.run(on_redis(address, scenario))
-
-    return run
+async def test_a_transcript_takes_the_place_of_what_was_stored(
+    history: History, conversation: str
+) -> None:
+    await ask(history, conversation, "old")
+    await ask(history, f"not {conversation}", "old")
+    await history.replace(conversation, [exchange(each) for each in ("one", "two", "three")])
+    assert await asked(history, conversation) == ["two", "three"]
+    await history.replace(conversation, [exchange("one")])
+    await ask(history, conversation, "new")
+    assert await asked(history, conversation) == ["one", "new"]
+    assert await asked(history, f"not {conversation}") == ["old"]
 
 
-async def as_coroutine(running: Awaitable[None]) -> None:
-    await running
+async def test_a_snapshot_is_as_it_was_stored_and_does_not_change(
+    history: History, conversation: str
+) -> None:
+    messages = (Message("user", "\u2028 \x00 \U0001f600"), Message("assistant", "reply"))
+    stored = Exchange(messages, 12, 7, is_exact=True)
+    await history.append(conversation, stored)
+    snapshot = await history.read(conversation)
+    await ask(history, conversation, "two")
+    assert list(snapshot) == [stored]
 
 
-async def on_redis(address: str, scenario: Scenario) -> None:
-    async with open_link(address, "") as link:
-        await link.probe()
-        history = SharedHistory(link, max_exchanges=2, ttl=60)
-        await scenario(history)
-        await history.aclose()
+async def test_a_conversation_is_forgotten_alone(history: History, conversation: str) -> None:
+    for name in (conversation, f"not {conversation}"):
+        await ask(history, name, "one")
+    await history.forget(conversation)
+    await history.forget(f"neither {conversation}")
+    assert await asked(history, conversation) == []
+    assert await asked(history, f"not {conversation}") == ["one"]
 
 
-OnStore = Callable[[str, Scenario], None]
+async def test_what_is_the_same_twice_is_stored_twice(history: History, conversation: str) -> None:
+    await ask(history, conversation, "again", "again")
+    assert await asked(history, conversation) == ["again", "again"]
+    await history.replace(conversation, [exchange("other"), exchange("other")])
+    assert await asked(history, conversation) == ["other", "other"]
 
 
-def new_name() -> str:
-    return uuid4().hex
+async def test_concurrent_exchanges_are_each_stored_whole(
+    history: History, conversation: str
+) -> None:
+    names = [f"{conversation} {number}" for number in range(20)]
+    await asyncio.gather(*(ask(history, name, content) for name in names for content in "ab"))
+    for name in names:
+        assert sorted(await asked(history, name)) == ["a", "b"]
 
 
-async def said(history: History, conversation: str) -> list[str]:
-    return [message.content for message in flatten(await history.read(conversation))][::2]
+async def test_a_cancelled_caller_does_not_stop_an_exchange_from_being_stored(
+    history: History, conversation: str
+) -> None:
+    storing = asyncio.create_task(ask(history, conversation, "one"))
+    await asyncio.sleep(0)
+    storing.cancel()
+    await asyncio.wait([storing])
+    assert await asked(history, conversation) == ["one"]
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_only_the_last_exchanges_stay(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        name = new_name()
-        for content in ("one", "two", "three"):
-            await history.append(name, exchange(content))
-        assert await said(history, name) == ["two", "three"]
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_several_exchanges_are_stored_in_one_step(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        name = new_name()
-        await history.append(name, exchange("one"))
-        await history.append(name, exchange("two"), exchange("three"))
-        assert await said(history, name) == ["two", "three"]
-        await history.append(name, *map(exchange, ("four", "five", "six")))
-        assert await said(history, name) == ["five", "six"]
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_a_snapshot_is_as_it_was_stored_and_does_not_change(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        name = new_name()
-        messages = (Message("user", "\u2028 \x00 \U0001f600"), Message("assistant", "reply"))
-        await history.append(name, Exchange(messages, preceding=7))
-        snapshot = await history.read(name)
-        await history.append(name, exchange("two"))
-        assert snapshot == (Exchange(messages, preceding=7),)
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_conversations_do_not_mix_and_are_forgotten_alone(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        one, other = new_name(), new_name()
-        before = await history.count()
-        await history.append(one, exchange("one"))
-        await history.append(other, exchange("two"))
-        assert await history.count() == before + 2
-        await history.forget(one)
-        await history.forget(new_name())
-        assert (await said(history, one), await said(history, other)) == ([], ["two"])
-        assert await history.count() == before + 1
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_what_is_the_same_twice_is_stored_twice(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        name = new_name()
-        await history.append(name, exchange("again"))
-        await history.append(name, exchange("again"))
-        assert await said(history, name) == ["again", "again"]
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_exchanges_that_cross_are_each_stored_whole(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        names = [new_name() for _ in range(20)]
-        await asyncio.gather(*(history.append(n, exchange(c)) for n in names for c in "ab"))
-        for name in names:
-            assert sorted(await said(history, name)) == ["a", "b"]
-
-    on_store(store, scenario)
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_reading_what_is_not_there_stores_nothing(on_store: OnStore, store: str) -> None:
-    async def scenario(history: History) -> None:
-        before = await history.count()
-        assert await history.read(new_name()) == ()
-        assert await history.count() == before
-
-    on_store(store, scenario)
-
-
-def test_the_least_recently_used_conversation_goes_first() -> None:
+async def test_the_least_recently_used_conversation_goes_first() -> None:
     history = memory(max_conversations=2)
-    ask(history, "a", "one")
-    ask(history, "b", "two")
-    questions(history, "a")
-    ask(history, "c", "three")
-    assert [questions(history, each) for each in "abc"] == [["one"], [], ["three"]]
+    await ask(history, "a", "one")
+    await ask(history, "b", "two")
+    await history.read("a")
+    await ask(history, "c", "three")
+    assert [await asked(history, name) for name in "abc"] == [["one"], [], ["three"]]
 
 
-def test_texts_take_no_more_than_their_share_of_memory() -> None:
-    history = memory(max_bytes=100_000)
+async def test_texts_take_no_more_than_their_share_of_memory() -> None:
+    history = memory(max_history_bytes=100_000)
     for number in range(50):
-        ask(history, f"c{number}", "x" * 10_000)
-    kept = [number for number in range(50) if questions(history, f"c{number}")]
+        await ask(history, f"{number}", "x" * 10_000)
+    kept = [number for number in range(50) if await history.read(f"{number}")]
     assert kept == list(range(41, 50))
 
 
-def test_many_small_messages_count_for_what_they_take() -> None:
-    history = memory(max_bytes=100_000)
+async def test_many_small_messages_count_for_what_they_take() -> None:
+    history = memory(max_history_bytes=100_000)
     for number in range(50):
-        messages = tuple(Message("user", "ab") for _ in range(100))
-        asyncio.run(history.append(f"c{number}", Exchange(messages)))
-    assert asyncio.run(history.count()) < 7
+        await history.append(f"{number}", Exchange((Message("user", "ab"),) * 100, 10))
+    assert history.count() < 7
 
 
-def test_an_idle_conversation_goes_and_one_in_use_stays() -> None:
-    clock = Clock()
-    history = memory(ttl=60, clock=clock)
-    ask(history, "idle", "one")
-    ask(history, "used", "two")
-    clock.now += 40
-    questions(history, "used")
-    clock.now += 40
-    assert (questions(history, "idle"), questions(history, "used")) == ([], ["two"])
-    assert asyncio.run(history.count()) == 1
+async def test_what_is_forgotten_or_replaced_makes_room() -> None:
+    history = memory(max_history_bytes=100_000)
+    await ask(history, "kept", "one")
+    for _ in range(50):
+        for content in ("x", "x" * 90_000):
+            await history.replace("large", [exchange(content)])
+        await history.forget("large")
+    assert await asked(history, "kept") == ["one"]
+
+
+async def test_an_idle_conversation_goes_and_one_in_use_stays() -> None:
+    history = memory(clock := Clock(), conversation_ttl=60)
+    await ask(history, "idle", "one")
+    await ask(history, "used", "two")
+    for _ in range(2):
+        clock.now += 40
+        assert await asked(history, "used") == ["two"]
+    assert await asked(history, "idle") == []
+    assert history.count() == 1
 
 
 def test_many_threads_lose_no_exchange_and_tear_none() -> None:
     threads, turns = 16, 200
     history = memory(max_exchanges=threads * turns)
     barrier = threading.Barrier(threads)
-    torn: list[Exchange] = []
 
-    async def hammer(name: str) -> None:
+    async def hammer(name: str) -> bool:
+        barrier.wait()
+        is_whole = True
         for turn in range(turns):
             await history.append("shared", exchange(f"{name} {turn}", f"{name} {turn}"))
-            await history.append(f"own {name} {turn % 7}", exchange("q"))
-            snapshot = await history.read("shared")
-            torn.extend(filter(is_torn, snapshot[-threads:]))
-            await history.forget(f"own {name} {turn % 7}")
+            await ask(history, f"own {name}", "q")
+            is_whole &= not any(map(is_torn, (await history.read("shared"))[-threads:]))
+            await history.forget(f"own {name}")
+        return is_whole
 
-    def run(name: str) -> None:
-        barrier.wait()
-        asyncio.run(hammer(name))
-
-    running = [threading.Thread(target=run, args=(f"thread {n}",)) for n in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    torn.extend(filter(is_torn, asyncio.run(history.read("shared"))))
-    kept = questions(history, "shared")
-    assert sorted(kept) == sorted(f"thread {n} {t}" for n in range(threads) for t in range(turns))
-    in_order = [content for content in kept if content.startswith("thread 3 ")]
-    assert in_order == [f"thread 3 {turn}" for turn in range(turns)]
-    assert torn == []
-    assert asyncio.run(history.count()) == 1
+    names = [f"thread {number}" for number in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        assert all(pool.map(lambda name: asyncio.run(hammer(name)), names))
+    kept = asyncio.run(history.read("shared"))
+    assert len(kept) == threads * turns
+    assert not any(map(is_torn, kept))
+    for name in names:
+        own = [one.messages[0].content for one in kept]
+        own = [content for content in own if content.startswith(f"{name} ")]
+        assert own == [f"{name} {turn}" for turn in range(turns)]
+    assert history.count() == 1
 
 
 def is_torn(one: Exchange) -> bool:
     return len({message.content for message in one.messages}) != 1
 
 
-def test_the_history_goes_along_to_groq(
-    service: Service, groq: FakeGroq, conversation: str
-) -> None:
-    service.reply("one", conversation)
-    service.tokens("two", conversation)
-    service.reply("three", conversation)
-    expected = ["one", "You said: one", "two", "You said: two", "three"]
-    assert groq.requests[-1].contents == expected
+@pytest.fixture(scope="module")
+def small(module_groq: FakeGroq) -> Iterator[Service]:
+    """A service that keeps little."""
+    settings = {"MAX_EXCHANGES": 2, "MAX_CONVERSATIONS": 3}
+    with Service(GROQ_BASE_URL=module_groq.url, **settings) as running:
+        yield running
 
 
-def test_no_more_than_max_exchanges_go_along(
-    start_service: StartService, groq: FakeGroq, conversation: str
+def test_no_more_than_max_exchanges_are_sent_and_kept(
+    small: Service, groq: FakeGroq, conversation: str
 ) -> None:
-    service = start_service(MAX_EXCHANGES=2)
     for number in range(4):
-        service.reply(f"n{number}", conversation)
+        small.reply(f"n{number}", conversation)
     assert groq.requests[-1].contents[::2] == ["n1", "n2", "n3"]
-    assert service.contents(conversation)[::2] == ["n2", "n3"]
+    assert small.contents(conversation)[::2] == ["n2", "n3"]
 
 
-def test_callers_without_a_conversation_share_one(
+def test_of_a_transcript_all_is_sent_and_the_newest_exchanges_are_kept(
+    small: Service, groq: FakeGroq, conversation: str
+) -> None:
+    assert send(small, "aAbBcCdDe", conversation) == groq.requests[-1].body["messages"]
+    assert letters(small.contents(conversation)) == "dDe+e"
+
+
+def test_the_number_of_conversations_is_limited_and_counted(small: Service) -> None:
+    for number in range(5):
+        small.reply("hello", f"conversation-{number:03}")
+    assert small.metric("history_conversations") == 3
+    assert small.contents("conversation-001") == []
+    assert small.contents("conversation-004") != []
+
+
+def test_clients_without_a_conversation_share_one_that_no_transcript_replaces(
     start_service: StartService, groq: FakeGroq, conversation: str
 ) -> None:
     service = start_service()
-    service.reply("one")
+    send(service, "a")
     service.reply("mine", conversation)
-    service.reply("two")
-    assert groq.requests[-1].contents == ["one", "You said: one", "two"]
+    send(service, "xXc")
+    assert letters(groq.requests[-1].contents) == "xXc"
+    send(service, "d")
+    assert letters(groq.requests[-1].contents) == "a+ac+cd"
 
 
 def test_the_shared_conversation_can_be_turned_off(
     start_service: StartService, groq: FakeGroq, conversation: str
 ) -> None:
     service = start_service(SHARED_CONVERSATION="false")
-    service.reply("one")
-    service.reply("two")
-    assert groq.requests[-1].contents == ["two"]
-    service.reply("mine", conversation)
-    service.reply("mine too", conversation)
-    assert groq.requests[-1].contents == ["mine", "You said: mine", "mine too"]
+    for text in ("a", "b", "aAb"):
+        assert send(service, text) == groq.requests[-1].body["messages"]
+    assert service.metric("history_conversations") == 0
+    send(service, "a", conversation)
+    send(service, "b", conversation)
+    assert letters(groq.requests[-1].contents) == "a+ab"
 
 
-def test_a_transcript_that_is_sent_again_is_not_stored_twice(
-    service: Service, groq: FakeGroq, conversation: str
-) -> None:
-    transcript: list[dict[str, str]] = []
-    for number in range(3):
-        transcript.append({"role": "user", "content": f"n{number}"})
-        asked = {"messages": transcript, "conversation": conversation}
-        reply = service.http.post("/chat", json=asked).json()["response"]
-        transcript.append({"role": "assistant", "content": reply})
-    assert groq.requests[-1].body["messages"] == transcript[:-1]
-    assert service.messages(conversation) == transcript
+def send(service: Service, text: str, conversation: str | None = None) -> list[dict[str, str]]:
+    """Send a message for each letter, of which capitals are the assistant's; return them."""
+    messages = [
+        {"role": "assistant" if letter.isupper() else "user", "content": letter} for letter in text
+    ]
+    asked = {"messages": messages, **({"conversation": conversation} if conversation else {})}
+    keep_secret(conversation or "")
+    assert service.http.post("/chat", json=asked).status_code == 200
+    return messages
+
+
+def letters(contents: Sequence[str]) -> str:
+    return "".join(content.replace("You said: ", "+") for content in contents)
 
 
 @pytest.mark.parametrize(
-    ("roles", "stored"),
+    ("sent", "prompt", "stored"),
     [
-        (("user", "user"), ["m0", "m1", "You said: m1"]),
-        (("user", "assistant", "user"), ["m2", "You said: m2"]),
+        ("d", "aAbBd", "aAbBd+d"),
+        ("de", "aAbBde", "aAbBde+e"),
+        ("aAbBc", "aAbBc", "aAbBc+c"),
+        ("aAc", "aAc", "aAc+c"),
+        ("aXbYc", "aXbYc", "aXbYc+c"),
+        ("aABb", "aABb", "aABb+b"),
+        ("Xc", "Xc", "c+c"),
     ],
 )
-def test_what_a_caller_tells_of_is_stored_as_the_exchanges_that_it_is(
-    start_service: StartService, conversation: str, roles: tuple[str, ...], stored: list[str]
+def test_new_messages_are_added_and_a_transcript_replaces_the_history(
+    service: Service, groq: FakeGroq, conversation: str, sent: str, prompt: str, stored: str
 ) -> None:
-    service = start_service(MAX_EXCHANGES=1)
-    sent = [{"role": role, "content": f"m{n}"} for n, role in enumerate(roles)]
-    service.http.post("/chat", json={"messages": sent, "conversation": conversation})
-    assert service.contents(conversation) == stored
+    groq.on("a", Script(["A"]))
+    groq.on("b", Script(["B"]))
+    send(service, "a", conversation)
+    send(service, "b", conversation)
+    groq.reset()
+    send(service, sent, conversation)
+    assert letters(groq.requests[-1].contents) == prompt
+    assert letters(service.contents(conversation)) == stored
 
 
-def test_of_a_transcript_that_is_too_long_the_newest_exchanges_go_along_and_all_are_stored(
-    start_service: StartService, groq: FakeGroq, conversation: str
+def test_concurrent_requests_see_and_store_whole_exchanges(
+    service: Service, groq: FakeGroq, conversation: str
 ) -> None:
-    service = start_service(CONTEXT_TOKENS=400, MAX_TOKENS=100)
-    roles = ("user", "assistant") * 10 + ("user",)
-    sent = [{"role": role, "content": f"{n} {'word ' * 20}"} for n, role in enumerate(roles)]
-    answer = service.http.post("/chat", json={"messages": sent, "conversation": conversation})
-    assert answer.status_code == 200
-    asked = groq.requests[-1].body["messages"]
-    assert 1 < len(asked) < len(sent)
-    assert asked == sent[-len(asked) :]
-    assert len(service.messages(conversation)) == len(sent) + 1
-
-
-def test_an_exchange_that_a_caller_tells_of_pushes_no_stored_ones_out_of_the_prompt(
-    start_service: StartService, groq: FakeGroq, conversation: str
-) -> None:
-    service = start_service(CONTEXT_TOKENS=400, MAX_TOKENS=100)
-    for number in range(15):
-        service.reply(f"{number} {'word ' * 10}", conversation)
-    before = len(groq.requests[-1].contents)
-    assert before < 29, "the context is full"
-    told = [{"role": "assistant", "content": "hm"}, {"role": "user", "content": "well?"}]
-    service.http.post("/chat", json={"messages": told, "conversation": conversation})
-    assert len(groq.requests[-1].contents) > before // 2
-
-
-def test_of_a_transcript_no_more_exchanges_go_along_than_are_kept(
-    start_service: StartService, groq: FakeGroq, conversation: str
-) -> None:
-    service = start_service(MAX_EXCHANGES=3)
-    transcript = [
-        {"role": role, "content": f"{role} {number}"}
-        for number in range(8)
-        for role in ("user", "assistant")
-    ]
-    for number in range(3):
-        transcript.append({"role": "user", "content": f"question {number}"})
-        asked = {"messages": transcript, "conversation": conversation}
-        reply = service.http.post("/chat", json=asked).json()["response"]
-        assert groq.requests[-1].body["messages"] == transcript[-7:]
-        transcript.append({"role": "assistant", "content": reply})
-
-
-def test_the_number_of_conversations_is_limited_and_counted(start_service: StartService) -> None:
-    service = start_service(MAX_CONVERSATIONS=3)
-    for number in range(5):
-        service.reply("hello", f"conversation-{number:03}")
-    assert service.metric("history_conversations") == 3
-    assert service.contents("conversation-001") == []
-    assert service.contents("conversation-004") != []
-
-
-def test_an_idle_conversation_is_forgotten(start_service: StartService, conversation: str) -> None:
-    from tests.servers import wait_until
-
-    service = start_service(CONVERSATION_TTL=1)
-    service.reply("hello", conversation)
-    assert service.metric("history_conversations") == 1
-    wait_until(lambda: service.metric("history_conversations") == 0)
-    assert service.contents(conversation) == []
-
-
-@pytest.mark.parametrize("crossing", [2, 20])
-def test_requests_that_cross_each_store_a_whole_exchange(
-    service: Service, groq: FakeGroq, conversation: str, crossing: int
-) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(crossing) as pool:
-        list(pool.map(lambda n: service.reply(f"n{n}", conversation), range(crossing)))
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda number: service.reply(f"n{number}", conversation), range(20)))
     contents = service.contents(conversation)
-    pairs = set(zip(contents[::2], contents[1::2], strict=True))
-    assert pairs == {(f"n{n}", f"You said: n{n}") for n in range(crossing)}
-    for request in groq.requests:
-        before = request.contents[:-1]
-        assert all(
-            reply == f"You said: {asked}"
-            for asked, reply in zip(before[::2], before[1::2], strict=True)
-        )
+    assert sorted(contents[::2]) == sorted(f"n{number}" for number in range(20))
+    for seen in (contents, *(request.contents[:-1] for request in groq.requests)):
+        assert seen[1::2] == [f"You said: {content}" for content in seen[::2]]
 
 
 def test_a_conversation_of_many_messages_goes_on(service: Service, conversation: str) -> None:
-    many = [{"role": "user", "content": f"m{number}"} for number in range(1000)]
     for _ in range(2):
-        asked = {"messages": many, "conversation": conversation}
-        assert service.http.post("/chat", json=asked).status_code == 200
+        send(service, "m" * 1000, conversation)
     assert service.reply("and now", conversation) == "You said: and now"

@@ -10,7 +10,6 @@ from tests.servers import Service, body
 
 KEY = os.environ.get("GROQ_API_KEY")
 pytestmark = pytest.mark.skipif(not KEY, reason="GROQ_API_KEY is not set")
-QUESTION = "Reply with the single word: pong"
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +18,9 @@ def real() -> Iterator[Service]:
         yield service
 
 
-def test_groq_replies_as_json(real: Service, conversation: str) -> None:
-    assert "pong" in real.reply(QUESTION, conversation).lower()
+def test_groq_replies_as_json_and_counts(real: Service, conversation: str) -> None:
+    assert "pong" in real.reply("Reply with the single word: pong", conversation).lower()
+    assert real.metric("chat_tokens_total", direction="prompt") > 10
 
 
 def test_groq_replies_as_a_stream_of_several_tokens(real: Service, conversation: str) -> None:
@@ -30,17 +30,11 @@ def test_groq_replies_as_a_stream_of_several_tokens(real: Service, conversation:
 
 
 def test_groq_replies_over_a_websocket_and_remembers(real: Service, conversation: str) -> None:
+    real.reply("My name is Ada.", conversation)
     with real.socket() as socket:
+        socket.send(json.dumps(body("What is my name? One word.", conversation)))
         text = ""
-        for question in ("My name is Ada.", "What is my name? One word."):
-            socket.send(json.dumps(body(question, conversation)))
-            text = ""
-            while "token" in (message := json.loads(socket.recv(30))):
-                text += message["token"]
-            assert message == {"done": "true"}
+        while "token" in (message := json.loads(socket.recv(30))):
+            text += message["token"]
+    assert message == {"done": "true"}
     assert "Ada" in text
-
-
-def test_groqs_usage_is_learned(real: Service) -> None:
-    real.reply(QUESTION)
-    assert real.metric("chat_tokens_total", direction="prompt") > 10

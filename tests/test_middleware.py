@@ -1,8 +1,7 @@
-"""What surrounds every request, when what it surrounds fails; over real sockets."""
+"""What a client sees of a bug, over real sockets."""
 
 import json
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
@@ -11,84 +10,107 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
-from websockets.sync.client import connect
+from starlette.routing import Route
 
+from chat.api.middleware import RequestMiddleware
 from chat.config import load_settings
-from chat.drain import Drain
-from chat.errors import TooManyConnections
-from chat.messages import SocketRequest
-from chat.middleware import RequestMiddleware
-from chat.places import Places
-from chat.reply import Reply
+from chat.messages import Exchange
 from chat.service import ChatService
-from chat.websocket import ChatSocket
-from tests.servers import body, error_and_code, running, wait_until
+from chat.storage.memory import MemoryHistory
+from chat.tokens import TokenCounts
+from server import create_app
+from tests.fake_groq import FakeGroq
+from tests.servers import Caller, body, error_and_code, running, wait_until
 
-SETTINGS = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
+ERROR = "an internal error occurred"
 
 
 async def fail(request: Request) -> Response:
-    raise RuntimeError("the caller's words")
+    raise RuntimeError("the client's words")
 
 
 async def fail_late(request: Request) -> Response:
     def pieces() -> Iterator[bytes]:
         yield b"begun"
-        raise RuntimeError("the caller's words")
+        raise RuntimeError("the client's words")
 
     return StreamingResponse(pieces())
 
 
-def fail_to_reply(request: SocketRequest) -> Reply:
-    raise RuntimeError("the caller's words")
+class BrokenHistory(MemoryHistory):
+    """A history with bugs: in reading some conversations, and in storing all."""
+
+    async def read(self, conversation: str) -> Sequence[Exchange]:
+        assert not conversation.startswith("unreadable"), "the client's words"
+        return ()
+
+    async def append(self, conversation: str, exchange: Exchange) -> None:
+        raise RuntimeError("the client's words")
 
 
-async def fail_on_socket(websocket: WebSocket) -> None:
-    drain = Drain(cast(ChatService, None), delay=0, timeout=0)
-    await ChatSocket(websocket, fail_to_reply, None, drain, SETTINGS).serve(
-        Places(0, TooManyConnections)
-    )
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[Caller]:
+    routes = [Route("/fail", fail), Route("/fail-late", fail_late)]
+    app = Starlette(routes=routes, middleware=[Middleware(RequestMiddleware)])
+    with running(app) as (_, port):
+        yield from one_caller(port)
 
 
-@pytest.fixture
-def address() -> Iterator[str]:
-    routes = [
-        Route("/fail", fail),
-        Route("/fail-late", fail_late),
-        WebSocketRoute("/fail", fail_on_socket),
-    ]
-    layers = [Middleware(RequestMiddleware, settings=SETTINGS)]
-    with running(Starlette(routes=routes, middleware=layers)) as (host, port):
-        yield f"{host}:{port}"
+@pytest.fixture(scope="module")
+def broken(module_groq: FakeGroq) -> Iterator[Caller]:
+    variables = {"GROQ_API_KEY": "k", "REDIS_ADDR": "", "GROQ_BASE_URL": module_groq.url}
+    settings = load_settings(variables, "/nowhere/.env")
+    app = create_app(settings)
+    with running(app) as (_, port):
+        history, counts = BrokenHistory(settings), TokenCounts(settings.model, None)
+        app.state.service = ChatService(
+            settings, history=history, counts=counts, groq=app.state.groq
+        )
+        yield from one_caller(port)
 
 
-def faults() -> float:
+def one_caller(port: int) -> Iterator[Caller]:
+    caller = Caller(port)
+    with caller.http:
+        yield caller
+
+
+def bugs() -> float:
     value = REGISTRY.get_sample_value("chat_errors_total", {"reason": "internal"})
     assert value is not None
     return value
 
 
-def test_a_fault_of_ours_is_a_500_that_says_nothing(address: str) -> None:
-    before = faults()
-    answer = httpx.get(f"http://{address}/fail", headers={"x-request-id": "mine"})
-    assert answer.status_code == 500
-    assert answer.json() == {"error": "an internal error occurred"}
+def test_a_bug_is_a_500_that_says_nothing_or_cuts_a_response_that_has_begun(
+    faulty: Caller,
+) -> None:
+    before = bugs()
+    answer = faulty.http.get("/fail", headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.json()) == (500, {"error": ERROR})
     assert answer.headers["x-request-id"] == "mine"
-    assert faults() == before + 1
-
-
-def test_a_fault_after_the_beginning_cuts_the_connection(address: str) -> None:
-    before = faults()
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.get(f"http://{address}/fail-late")
-    wait_until(lambda: faults() == before + 1)
+        faulty.http.get("/fail-late")
+    wait_until(lambda: bugs() == before + 2)
 
 
-def test_a_fault_on_a_websocket_is_told_before_it_closes_with_1011(address: str) -> None:
-    before = faults()
-    with connect(f"ws://{address}/fail") as socket:
-        socket.send(json.dumps(body("hello")))
-        assert error_and_code(socket) == ("an internal error occurred", 1011)
-    assert faults() == before + 1
+def test_a_bug_before_a_reply_is_a_500_over_http(broken: Caller) -> None:
+    before = bugs()
+    for stream in (False, True):
+        answer = broken.chat("hello", "unreadable-conversation", stream=stream)
+        assert (answer.status_code, answer.json()) == (500, {"error": ERROR})
+    wait_until(lambda: bugs() == before + 2)
+
+
+def test_a_bug_in_a_stream_is_its_last_event(broken: Caller) -> None:
+    with broken.stream("hello", "storable-conversation") as (_, stream):
+        *tokens, last = stream
+    assert "".join(token.data for token in tokens) == "You said: hello"
+    assert last == ("error", json.dumps({"error": ERROR}, separators=(",", ":")))
+
+
+def test_a_bug_on_a_websocket_is_told_before_it_closes_with_1011(broken: Caller) -> None:
+    before = bugs()
+    with broken.socket() as socket:
+        socket.send(json.dumps(body("hello", "storable-conversation")))
+        assert error_and_code(socket) == (ERROR, 1011)
+    wait_until(lambda: bugs() == before + 1)

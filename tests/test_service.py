@@ -1,172 +1,178 @@
-"""One turn of a chat, where Groq does what no server over a socket can be made to do."""
+"""One turn of a chat, over a real connection to the stand-in for Groq."""
 
 import asyncio
-import logging
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
-from prometheus_client import REGISTRY
 
-from chat.config import load_settings
-from chat.errors import GroqFailed, GroqRefused, InternalError
-from chat.history import SHARED, Exchange, History, MemoryHistory
-from chat.link import open_link
-from chat.messages import ChatRequest, Message
+from chat.config import Settings
+from chat.errors import ChatError, Draining, GroqTimeout, InternalError, ReplyCancelled
+from chat.llm.client import GroqClient
+from chat.llm.groq import open_groq
+from chat.messages import ChatRequest, Exchange, Message
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.shared_history import SharedHistory
+from chat.storage.history import SHARED
+from chat.storage.memory import MemoryHistory
 from chat.tokens import TokenCounts
-from chat.upstream import Upstream
-from tests.servers import PATIENCE, RedisServer
+from tests.fake_groq import FakeGroq, Script
+
+pytestmark = pytest.mark.anyio
+
+HELD = Script(["a", "b"], hold_before_token=1)
 
 
-class BrokenGroq:
-    """Fails by a fault of ours."""
-
-    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
-        reply.accept()
-        reply.add(["half"])
-        raise ZeroDivisionError
+def new_reply() -> Reply:
+    return Reply("websocket", "127.0.0.1")
 
 
-class EndlessGroq:
-    """Never ends."""
-
-    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
-        reply.accept()
-        await asyncio.Event().wait()
+async def ignore(reply: Reply) -> None:
+    """Do what a transport does whose client just reads."""
 
 
-class QuickGroq:
-    """Has said everything with its first token."""
-
-    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
-        reply.accept()
-        reply.add(["whole"])
-        await reply.deliver()
+async def fail(reply: Reply) -> None:
+    raise ZeroDivisionError
 
 
-class StrictGroq:
-    """Takes no more than three messages, and never ends."""
-
-    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
-        if len(messages) > 3:
-            raise GroqRefused(413, None, is_too_large=True)
-        reply.accept()
-        reply.add(["half"])
-        await reply.deliver()
-        await asyncio.Event().wait()
+async def hang(reply: Reply) -> None:
+    await asyncio.Event().wait()
 
 
-class FailingGroq:
-    """Fails while its caller cancels."""
+@dataclass
+class Chat:
+    """A service with its history, and a reply to ask it for."""
 
-    async def ask(self, messages: Sequence[Message], reply: Reply) -> None:
-        reply.accept()
-        reply.add(["half"])
-        await asyncio.sleep(0)
-        reply.stop()
-        raise GroqFailed
+    service: ChatService
+    history: MemoryHistory
+    reply: Reply
 
-
-def service_with(upstream: object, history: History | None = None) -> tuple[ChatService, History]:
-    settings = load_settings({"GROQ_API_KEY": "k"}, "/nowhere/.env")
-    history = history or MemoryHistory(
-        max_exchanges=3, max_conversations=2, max_bytes=10_000, ttl=60
-    )
-    counts = TokenCounts("a-model", None)
-    upstream = cast(Upstream, upstream)
-    return ChatService(settings, history=history, counts=counts, upstream=upstream), history
-
-
-async def ignore(tokens: list[str]) -> None:
-    """A transport whose caller does not care."""
-
-
-def question() -> ChatRequest:
-    return ChatRequest(messages=[Message("user", "question")])
-
-
-def test_a_fault_of_ours_fails_the_reply_and_stores_nothing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def scenario() -> tuple[Reply, object]:
-        service, history = service_with(BrokenGroq())
-        reply = service.reply_to(question(), "sse", "127.0.0.1")
-        await reply.relay(ignore)
-        return reply, await history.read(SHARED)
-
-    with caplog.at_level(logging.ERROR):
-        reply, stored = asyncio.run(scenario())
-    assert isinstance(reply.error, InternalError)
-    assert (reply.outcome, stored) == ("failed", ())
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-
-
-def test_a_cancel_that_crosses_an_error_keeps_nothing() -> None:
-    async def scenario() -> tuple[Reply, object]:
-        service, history = service_with(FailingGroq())
-        reply = service.reply_to(question(), "websocket", "127.0.0.1")
-        await reply.relay(ignore)
-        return reply, await history.read(SHARED)
-
-    reply, stored = asyncio.run(scenario())
-    assert (reply.outcome, stored) == ("failed", ())
-
-
-def test_a_cancel_that_crosses_the_end_is_stored_and_counted(redis_server: RedisServer) -> None:
-    def counted(name: str, **labels: str) -> float:
-        return REGISTRY.get_sample_value(name, labels) or 0
-
-    def replies() -> float:
-        return counted("chat_replies_total", stream_type="websocket", outcome="completed")
-
-    def tokens() -> float:
-        return counted("chat_tokens_total", direction="completion")
-
-    async def scenario() -> tuple[Reply, Sequence[Exchange]]:
-        async with open_link(redis_server.address, "") as link:
-            await link.probe()
-            history = SharedHistory(link, max_exchanges=2, ttl=60)
-            service, _ = service_with(QuickGroq(), history)
-            reply = service.reply_to(question(), "websocket", "127.0.0.1")
-
-            async def leave(tokens: list[str]) -> None:
-                reply.abandon()
-
-            await reply.relay(leave)
-            assert await service.wait_idle(PATIENCE)
-            return reply, await history.read(SHARED)
-
-    before = replies(), tokens()
-    reply, stored = asyncio.run(scenario())
-    assert (reply.outcome, reply.error, len(stored)) == ("completed", None, 1)
-    assert (replies(), tokens()) == (before[0] + 1, before[1] + (reply.completion_tokens or 0))
-
-
-def test_of_a_stopped_reply_to_half_of_the_history_that_half_is_remembered() -> None:
-    async def scenario() -> Sequence[Exchange]:
-        service, history = service_with(StrictGroq())
-        messages = (Message("user", "u"), Message("assistant", "a"))
-        await history.append(SHARED, *[Exchange(messages, preceding=n) for n in range(2)])
-        reply = service.reply_to(question(), "websocket", "127.0.0.1")
-
-        async def stop(tokens: list[str]) -> None:
-            asyncio.get_running_loop().call_soon(reply.stop)
-
-        await reply.relay(stop)
-        return await history.read(SHARED)
-
-    assert asyncio.run(scenario())[-1].preceding == 1
-
-
-def test_the_end_of_the_service_ends_its_replies() -> None:
-    async def scenario() -> Reply:
-        service, _ = service_with(EndlessGroq())
-        reply = service.reply_to(question(), "sse", "127.0.0.1")
-        assert await reply.wait_accepted(5)
-        await service.aclose()
+    async def ask(
+        self,
+        content: str = "question",
+        reply: Reply | None = None,
+        on_token: Callable[[Reply], Awaitable[None]] = ignore,
+    ) -> Reply:
+        request = ChatRequest(messages=[Message("user", content)])
+        reply = reply or new_reply()
+        async with self.service.answer(request, reply) as tokens:
+            async for _ in tokens:
+                await on_token(reply)
         return reply
 
-    assert asyncio.run(scenario()).outcome == "cancelled"
+    async def stored(self) -> Sequence[Exchange]:
+        return await self.history.read(SHARED)
+
+
+@pytest.fixture
+async def chat(groq: FakeGroq, request: pytest.FixtureRequest) -> AsyncIterator[Chat]:
+    settings = Settings(
+        groq_api_key="k",
+        groq_base_url=groq.url,
+        fallback_model="other",
+        reply_timeout=getattr(request, "param", 300.0),
+    )
+    async with open_groq(settings) as models:
+        client, counts = GroqClient(models, settings), TokenCounts(settings.model, None)
+        history = MemoryHistory(settings)
+        service = ChatService(settings, history=history, counts=counts, groq=client)
+        yield Chat(service, history, new_reply())
+
+
+async def is_groq_stopped(groq: FakeGroq) -> bool:
+    return await asyncio.to_thread(groq.requests[0].is_closed_soon)
+
+
+async def test_a_reply_is_stored_before_its_tokens_have_ended(chat: Chat) -> None:
+    request, reply = ChatRequest(messages=[Message("user", "question")]), chat.reply
+    async with chat.service.answer(request, reply) as tokens:
+        assert [token async for some in tokens for token in some] == reply.sent
+        (exchange,) = await chat.stored()
+    assert (reply.outcome, reply.text) == ("completed", "You said: question")
+    messages = Message("user", "question"), Message("assistant", reply.text)
+    assert exchange == Exchange(messages, 10 + 4, 0, is_exact=True)
+
+
+async def test_each_exchange_has_its_number_and_concurrent_ones_share_it(chat: Chat) -> None:
+    await chat.ask()
+    await chat.ask()
+    await asyncio.gather(chat.ask(), chat.ask())
+    await chat.ask()
+    assert [exchange.number for exchange in await chat.stored()] == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("chat", "on_token", "error"),
+    [(300.0, fail, InternalError), (0.3, hang, GroqTimeout)],
+    indirect=["chat"],
+    ids=["a transport that fails", "a client that takes nothing until the deadline"],
+)
+async def test_a_failure_stops_groq_and_nothing_is_stored(
+    chat: Chat,
+    groq: FakeGroq,
+    caplog: pytest.LogCaptureFixture,
+    on_token: Callable[[Reply], Awaitable[None]],
+    error: type[ChatError],
+) -> None:
+    groq.on("question", HELD)
+    with pytest.raises(error):
+        await chat.ask(reply=chat.reply, on_token=on_token)
+    assert isinstance(chat.reply.error, error)
+    assert (chat.reply.outcome, await chat.stored()) == ("failed", ())
+    assert await is_groq_stopped(groq)
+    logged = [record.levelname for record in caplog.records if record.name == "chat.service"]
+    assert logged == ["ERROR"] * (error is InternalError)
+
+
+async def test_a_cancelled_reply_stops_groq_and_what_was_sent_is_stored(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    async def cancel_later(reply: Reply) -> None:
+        asyncio.get_running_loop().call_soon(reply.cancel)
+
+    groq.on("question", HELD)
+    with pytest.raises(ReplyCancelled):
+        await chat.ask(reply=chat.reply, on_token=cancel_later)
+    (exchange,) = await chat.stored()
+    assert (chat.reply.outcome, exchange.messages[-1].content) == ("cancelled", "a")
+    assert not exchange.is_exact
+    assert await is_groq_stopped(groq)
+
+
+async def test_a_reply_that_is_cancelled_before_it_begins_is_never_asked_for(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    chat.reply.cancel()
+    with pytest.raises(ReplyCancelled):
+        await chat.ask(reply=chat.reply)
+    assert (chat.reply.outcome, groq.requests) == ("cancelled", [])
+
+
+async def test_a_drain_ends_replies_and_admits_no_more(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("question", HELD)
+    with pytest.raises(Draining):
+        await chat.ask(reply=chat.reply, on_token=lambda _: chat.service.drain(0))
+    with pytest.raises(Draining):
+        await chat.ask()
+    assert (chat.reply.outcome, await chat.stored()) == ("failed", ())
+
+
+async def test_the_counts_of_the_fallback_model_are_not_taken_for_the_models(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    groq.on("question", Script(status=404), Script(["ok"], prompt_tokens=71))
+    reply = await chat.ask()
+    (exchange,) = await chat.stored()
+    assert (reply.model, reply.prompt_tokens, exchange.is_exact) == ("other", 71, False)
+
+
+async def test_of_a_prompt_that_groq_finds_too_long_the_newer_half_of_the_history_is_sent(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    for number in range(4):
+        await chat.ask(f"n{number}")
+    too_large = b'{"error": {"message": "too large", "code": "rate_limit_exceeded"}}'
+    groq.on("question", Script(status=413, body=too_large), Script(["ok"]))
+    await chat.ask()
+    assert groq.requests[-1].contents[::2] == ["n2", "n3", "question"]
+    assert [exchange.number for exchange in await chat.stored()] == list(range(5))

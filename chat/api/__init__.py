@@ -1,0 +1,1 @@
+"""What clients touch: HTTP, event streams, WebSockets, limits and the chat page."""

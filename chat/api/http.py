@@ -1,0 +1,93 @@
+"""HTTP: bodies in, JSON and errors out, and the client's disconnect."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from chat.config import Settings
+from chat.errors import BodyTooLarge, BodyTooSlow, ChatError, ClientDisconnected, Draining
+from chat.messages import ChatRequest
+
+Headers = Mapping[str, str] | None
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """Read a body; raise `BodyTooLarge`, `BodyTooSlow` or `ClientDisconnected`."""
+    body, limit, timeout = bytearray(), settings.max_body_bytes, settings.body_timeout
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise BodyTooLarge(limit)
+    try:
+        async with asyncio.timeout(timeout):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise BodyTooLarge(limit)
+    except TimeoutError:
+        raise BodyTooSlow(timeout) from None
+    except ClientDisconnect:
+        raise ClientDisconnected from None
+    return bytes(body)
+
+
+def wants_stream(request: Request, body: ChatRequest) -> bool:
+    """Tell whether the reply is to be an event stream: by the body, the query, then `Accept`."""
+    if body.stream is not None:
+        return body.stream
+    accepted = ",".join(request.headers.getlist("accept")).lower().split(",")
+    types = [each.partition(";")[0].strip() for each in accepted]
+    return request.query_params.get("stream") == "true" or "text/event-stream" in types
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client leaves, and raise `ClientDisconnected`."""
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        presence.reschedule(0)
+
+    try:
+        async with asyncio.timeout(None) as presence, in_background(listen()):
+            yield
+    except TimeoutError:
+        raise ClientDisconnected from None
+
+
+@asynccontextmanager
+async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine for as long as the context lasts."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def json_response(content: object, status: int = 200, headers: Headers = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
+
+
+async def error_response(connection: HTTPConnection, error: ChatError) -> Response:
+    """Render an error of ours, and note it for the log."""
+    connection.scope["chat.log_fields"] = error.log_fields
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    if isinstance(error, BodyTooLarge | BodyTooSlow | Draining):
+        headers["connection"] = "close"  # the rest of the body is not read, or nothing is any more
+    return json_response({"error": str(error)}, error.status, headers)
+
+
+async def routing_error(request: Request, error: HTTPException) -> Response:
+    """Render what Starlette's routing raises: 404 and 405."""
+    if not error.headers:
+        return json_response({"error": "no such path"}, error.status_code)
+    allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
+    message = f"method not allowed; use {allowed}"
+    return json_response({"error": message}, error.status_code, {"Allow": allowed})

@@ -1,0 +1,94 @@
+"""
+How often each client may chat: a token bucket, in Redis or here. It is kept as one number, the
+moment at which it will be full again (the "generic cell rate algorithm").
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from ipaddress import IPv6Address, IPv6Network
+from math import ceil
+from typing import NamedTuple
+
+from chat.errors import RateLimited
+from chat.storage.redis import RedisClient
+
+CLIENTS = 100_000  # clients that a process remembers: some 20 MB
+ROUNDING = 1e-6  # seconds by which sums and differences of clocks may be off
+WINDOWS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+
+# Returns whether the request is allowed, and the seconds until the bucket is full again.
+SCRIPT = """
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1000000
+local full_at = math.max(now, tonumber(redis.call('GET', KEYS[1]) or '0'))
+local limit, window = tonumber(ARGV[1]), tonumber(ARGV[2])
+local next_full_at = full_at + window / limit
+if next_full_at - now > window + 0.000001 then return {0, tostring(full_at - now)} end
+redis.call('SET', KEYS[1], string.format('%.6f', next_full_at), 'EX', math.ceil(window))
+return {1, tostring(next_full_at - now)}
+"""
+
+
+class Allowance(NamedTuple):
+    """What is left in a client's bucket after a request; `full_in` is in seconds."""
+
+    rate: str
+    limit: int
+    window: int  # in seconds
+    is_allowed: bool
+    full_in: float
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """See https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10"""
+        remaining = max(0, int((self.window - self.full_in) * self.limit / self.window + ROUNDING))
+        state = f'"default";r={remaining};t={ceil(self.full_in - ROUNDING)}'
+        policy = f'"default";q={self.limit};w={self.window}'
+        return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", state.encode())]
+
+    def check(self) -> None:
+        """Raise `RateLimited` if the request is not allowed."""
+        if not self.is_allowed:
+            wait = max(1, ceil(self.full_in + self.window / self.limit - self.window - ROUNDING))
+            raise RateLimited(self.rate, wait, retry_after=wait)
+
+
+def client_key(client: str) -> str:
+    """Return whom a limit applies to: an address, or for IPv6 its /64, which is one customer's."""
+    if ":" in client:
+        with suppress(ValueError):  # a proxy may report anything
+            address = IPv6Address(client.partition("%")[0])
+            return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
+    return client
+
+
+class RateLimiter:
+    """The buckets of all clients; kept in this process while Redis is not there."""
+
+    def __init__(
+        self, rate: str, redis: RedisClient | None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        limit, _, unit = rate.partition("/")
+        self._rate = rate, int(limit), WINDOWS[unit]
+        self._redis, self._clock = redis, clock
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+
+    async def take(self, client: str) -> Allowance:
+        """Take one request out of a client's bucket, if there is one in it."""
+        key, (_, limit, window) = client_key(client), self._rate
+        if self._redis:
+            # What is left in the bucket of another limit says nothing.
+            name = f"chat:rate:{limit}:{window}:{sha256(key.encode()).hexdigest()}"
+            command = ("EVAL", SCRIPT, 1, name, limit, window)
+            if found := (await self._redis.try_all([command]))[0]:
+                return Allowance(*self._rate, bool(found[0]), float(found[1]))
+        now = self._clock()
+        full_at = max(now, self._full_at.pop(key, 0.0))
+        is_allowed = full_at + window / limit - now <= window + ROUNDING
+        self._full_at[key] = full_at + window / limit * is_allowed
+        if len(self._full_at) > CLIENTS:
+            self._full_at.popitem(last=False)
+        return Allowance(*self._rate, is_allowed, self._full_at[key] - now)

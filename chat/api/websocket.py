@@ -1,0 +1,133 @@
+"""Replies over a WebSocket: one at a time, while the client is listened to."""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+import msgspec
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from chat import errors
+from chat.api.limits import client_key
+from chat.api.middleware import client_of, log_request
+from chat.api.protocols import TEXTS
+from chat.messages import ChatRequest, parse_request
+from chat.reply import Reply
+
+logger = logging.getLogger(__name__)
+
+CLOSED = (WebSocketDisconnect, OSError, RuntimeError)  # raised by sending, after either side's end
+BUSY = "a reply is in progress on this socket; wait for it or cancel it"
+
+
+class ChatSocket:
+    """One client's connection."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket, self._scope, self._state = websocket, websocket.scope, websocket.app.state
+        self._idle: asyncio.Timeout | None = None
+        self._reply: Reply | None = None
+        self._answering: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Answer messages until either side closes the connection."""
+        await self._websocket.accept()
+        try:
+            while (message := await self._receive())["type"] == "websocket.receive":
+                await self._handle(message)
+            if message.get("code") == errors.BodyTooLarge.close_code:  # uvicorn has told the client
+                error = errors.BodyTooLarge
+                log_request(self._scope, error.status, {"error": error.reason})
+        except errors.ClientIdle as idle:
+            await self._send({"error": str(idle)}, idle.close_code)
+        except Exception:
+            logger.exception("unexpected error on a WebSocket")
+            await self._send({"error": errors.InternalError.text}, errors.InternalError.close_code)
+        finally:
+            if self._answering:
+                self._answering.cancel()
+                await asyncio.wait([self._answering])
+
+    async def _receive(self) -> Message:
+        """Return the next message; while no reply is in progress, one must come in time."""
+        limit = self._state.settings.idle_timeout
+        try:
+            async with asyncio.timeout(None if self._answering else limit) as self._idle:
+                return await self._websocket.receive()
+        except TimeoutError:
+            raise errors.ClientIdle(limit) from None
+        finally:
+            self._idle = None
+
+    async def _handle(self, message: Message) -> None:
+        try:
+            request = await self._parse(message)
+            if request.cancel:
+                if self._reply:  # else the cancel has crossed the end of its reply
+                    self._reply.cancel()
+                return
+            if self._answering and self._reply and self._reply.is_cancelled:
+                await asyncio.wait([self._answering])
+            if self._answering:
+                raise errors.BadRequest(BUSY)
+            self._reply = Reply("websocket", client_key(client_of(self._scope)))
+            self._answering = asyncio.create_task(self._answer(request, self._reply))
+        except errors.ChatError as error:
+            log_request(self._scope, error.status, error.log_fields)
+            if error.close_code is not None and self._answering:
+                self._answering.cancel()
+            await self._send({"error": str(error)}, error.close_code)
+
+    async def _parse(self, message: Message) -> ChatRequest:
+        """Parse a message; good or bad, unless it is a cancel, it counts against the rate limit."""
+        text, request, limit = message.get("text"), None, self._state.settings.max_body_bytes
+        try:
+            if text is None:
+                raise errors.BinaryMessage
+            if len(text.encode(errors="replace")) > limit:
+                raise errors.BodyTooLarge(limit)
+            request = parse_request(text, may_cancel=True)
+            return request
+        finally:
+            if self._state.limiter and not (request and request.cancel):
+                (await self._state.limiter.take(client_of(self._scope))).check()
+
+    async def _answer(self, request: ChatRequest, reply: Reply) -> None:
+        try:
+            async with self._state.service.answer(request, reply) as tokens:
+                async for some in tokens:
+                    await self._send_tokens(some, reply)
+            truncated = {"truncated": reply.truncated} if reply.truncated else {}
+            await self._send({"done": "true", **truncated})
+        except errors.ReplyCancelled:
+            await self._send({"done": "true", "cancelled": "true"})
+        except errors.ChatError as error:
+            await self._send({"error": str(error)}, error.close_code)
+        finally:
+            self._answering = None
+            if self._idle:
+                now = asyncio.get_running_loop().time()
+                self._idle.reschedule(now + self._state.settings.idle_timeout)
+            status = reply.error.status if reply.error else 200
+            log_request(self._scope, status, reply.summary())
+
+    async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
+        texts = [msgspec.json.encode({"token": token}) for token in tokens]
+        messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
+        if TEXTS not in self._scope.get("extensions", ()):
+            messages = [{"type": "websocket.send", "text": text.decode()} for text in texts]
+        for count, message in enumerate(messages):
+            try:
+                await self._websocket.send(message)
+            except CLOSED:
+                raise errors.ClientDisconnected from None
+            except asyncio.CancelledError:
+                reply.sent += tokens[:count]
+                raise
+
+    async def _send(self, content: dict[str, str], close_code: int | None = None) -> None:
+        with suppress(*CLOSED):
+            await self._websocket.send_text(msgspec.json.encode(content).decode())
+            if close_code is not None:
+                await self._websocket.close(close_code)

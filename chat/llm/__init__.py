@@ -1,0 +1,1 @@
+"""Groq, or any server that speaks OpenAI's API."""
