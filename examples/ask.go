@@ -44,7 +44,7 @@ func main() {
 
 // ask writes the reply's tokens as they come.
 func ask(url, question string, out io.Writer) error {
-	id := make([]byte, 16) // whoever knows it can read the conversation
+	id := make([]byte, 16) // anyone who knows it can read the conversation
 	if _, err := rand.Read(id); err != nil {
 		return err
 	}
@@ -91,6 +91,9 @@ func copyTokens(stream io.Reader, out io.Writer) error {
 			if token == "[DONE]" {
 				fmt.Fprintln(out)
 				return nil
+			}
+			if event == "truncated" { // its data is {"reason": "..."}
+				token = " (truncated: " + token + ")"
 			}
 			fmt.Fprint(out, token)
 			event, data = "", data[:0]

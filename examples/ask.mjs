@@ -15,7 +15,7 @@ async function* reply(question, conversation) {
   for await (const { name, data } of events(answer.body.pipeThrough(new TextDecoderStream()))) {
     if (name === "error") throw new Error(JSON.parse(data).error);
     if (data === "[DONE]") return;
-    yield data;
+    yield name === "truncated" ? ` (truncated: ${JSON.parse(data).reason})` : data;
   }
   throw new Error("the connection broke before the end of the reply");
 }
@@ -39,7 +39,7 @@ async function* events(pieces) {
   }
 }
 
-// Whoever knows the conversation's id can read it.
+// Anyone who knows the conversation's id can read it.
 try {
   for await (const token of reply(question, randomUUID())) process.stdout.write(token);
   console.log();

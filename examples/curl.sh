@@ -3,7 +3,7 @@
 set -eu
 url=${1:-http://localhost:8000}
 url=${url%/}
-conversation=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # whoever knows it can read it
+conversation=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # anyone who knows it can read it
 
 echo "As JSON:"
 curl -sS --fail-with-body "$url/chat" -d '{

@@ -30,7 +30,7 @@ def reply(client: httpx.Client, conversation: str, question: str) -> Iterator[st
                 raise RuntimeError(json.loads(data)["error"])
             if data == "[DONE]":
                 return
-            yield data
+            yield f" (truncated: {json.loads(data)['reason']})" if event == "truncated" else data
     raise RuntimeError("the connection broke before the end of the reply")
 
 
@@ -53,7 +53,7 @@ def events(pieces: Iterator[str]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    conversation = str(uuid.uuid4())  # whoever knows it can read the conversation
+    conversation = str(uuid.uuid4())  # anyone who knows it can read the conversation
     with httpx.Client(base_url=URL, timeout=httpx.Timeout(5, read=60)) as client:
         while True:
             try:
