@@ -211,6 +211,7 @@ class ChatService:
             if self._counts.learn(answer, usage.reply_tokens):
                 answered = Count(usage.reply_tokens, True)
             is_rest_known = all(exchange.is_exact for exchange in turn.history)
+            is_rest_known &= len(turn.fixed) == len(self._system)  # no estimate of a client's text
             if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
                 tokens = (usage.prompt_tokens or 0) - turn.known_tokens
                 if self._counts.learn(turn.new[0], tokens):

@@ -66,7 +66,7 @@ class TokenCounts:
         return True
 
     async def share_forever(self) -> None:
-        """Write what was learned to Redis, together, until cancelled."""
+        """Write what was learned to Redis, together; what it does not take is given up."""
         while True:
             await asyncio.sleep(SHARE_INTERVAL)
             learned, self._to_share = self._to_share, {}

@@ -1,10 +1,12 @@
 """`make demo`: the service with a stand-in for Groq; it needs no key, Redis or network."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Caller, wait_until
@@ -24,54 +26,7 @@ Press Ctrl-C to stop it.
 """
 
 # Replies to the example questions of the page.
-REPLIES = {
-    "Explain how a rainbow comes about, in plain words": """\
-A rainbow is sunlight, **sorted by colour** in millions of raindrops.
-
-1. Light enters a drop and bends, each colour by a different angle.
-2. It is reflected at the far side of the drop.
-3. It bends once more on its way out, and the colours separate.
-
-You see one with the sun *behind* you.
-""",
-    "Plan a rainy weekend in Lisbon with two children": """\
-Here is a weekend that stays dry:
-
-| | Saturday | Sunday |
-| --- | --- | --- |
-| Morning | Oceanarium | Pavilion of Knowledge |
-| Noon | *Time Out* market | Pastries in Belém |
-| Afternoon | Tram 28, end to end | National Coach Museum |
-
-> Buy the tickets for the Oceanarium the evening before: the queue stands in the rain.
-""",
-    "Write a Python function that groups words by anagram": """\
-Words are anagrams when their sorted letters are the same, so that those can be the key:
-
-```python
-from collections import defaultdict
-
-
-def group_anagrams(words):
-    groups = defaultdict(list)
-    for word in words:
-        groups["".join(sorted(word))].append(word)  # "tea" and "eat": "aet"
-    return list(groups.values())
-```
-
-`group_anagrams(["tea", "eat", "tan"])` gives `[["tea", "eat"], ["tan"]]`.
-""",
-    "Word a friendly reminder about an unpaid invoice": """\
-**Subject:** Invoice 1042
-
-Dear Ms Moreau,
-
-I hope that you are well. Invoice 1042 of 3 March is still open on our side; it may have slipped \
-through, so I attach it once more. If the payment is on its way, please take no notice of this.
-
-Kind regards
-""",
-}
+REPLIES: dict[str, str] = json.loads(Path(__file__).with_name("demo_replies.json").read_text())
 
 
 def main() -> int:

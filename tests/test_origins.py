@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq
-from tests.servers import Service, body, error_and_code
+from tests.servers import Service, body, connected, error_and_code, wait_until
 
 FOREIGN = "https://elsewhere.example"
 LOCAL = "http://localhost:3000"
@@ -46,6 +46,17 @@ def test_a_page_of_another_origin_is_refused_before_groq_is_asked(
         assert error_and_code(socket) == (NOT_ALLOWED, 1008)
     assert groq.requests == []
     assert service.log_line(status=403)["error"] == "origin"
+
+
+def test_a_refused_socket_that_is_gone_at_once_is_no_bug(service: Service) -> None:
+    key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    head = "GET /chat HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    before = service.metric("chat_errors_total", reason="origin")
+    for _ in range(20):
+        with connected(service) as connection:
+            connection.sendall(f"{head}Origin: {FOREIGN}\r\n{key}".encode())
+    wait_until(lambda: service.metric("chat_errors_total", reason="origin") == before + 20)
+    assert service.metric("chat_errors_total", reason="internal") == 0
 
 
 def test_a_page_of_the_same_origin_and_what_is_no_page_may(service: Service) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 
 from chat import logs, metrics
 from chat.api.http import error_response
@@ -51,8 +52,8 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except ClientDisconnected:
-            pass
+        except WebSocketDisconnect:
+            pass  # before it was accepted or refused
         except Exception:
             response = await error_response(HTTPConnection(scope), InternalError())
             if status != ClientDisconnected.status or scope["type"] != "http":

@@ -42,7 +42,7 @@ class Shutdown:
         def handle(number: int, frame: FrameType | None) -> None:
             if not self.has_begun:
                 self.has_begun = True
-                ending = self._end(originals[signal.Signals(number)])
+                ending = self._end(number, originals[signal.Signals(number)])
                 asyncio.run_coroutine_threadsafe(ending, loop)
             elif parent_process() is None:  # a worker may get the same signal twice
                 logging.shutdown()
@@ -53,12 +53,15 @@ class Shutdown:
                 signal.signal(number, handle)
         yield  # uvicorn puts back the handlers that were there before its own
 
-    async def _end(self, original: Any) -> None:
+    async def _end(self, number: int, original: Any) -> None:
         logger.info("draining: traffic should go elsewhere")
         await asyncio.sleep(self.settings.drain_delay)
         await self.service.drain(self.settings.drain_timeout)
         logger.info("drained")
-        server: uvicorn.Server = original.__self__  # the handler is a method of its
+        server = getattr(original, "__self__", None)  # the handler is a method of its
+        if not isinstance(server, uvicorn.Server):  # another server's
+            signal.signal(number, original)
+            return signal.raise_signal(number)
         if server.config.timeout_graceful_shutdown is None:
             server.config.timeout_graceful_shutdown = 3  # for the connections to close
         server.should_exit = True

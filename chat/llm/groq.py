@@ -213,7 +213,9 @@ async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
     )
     clock = SilenceClock(settings.groq_timeout)
     watching = asyncio.create_task(clock.run())
-    async with AiohttpTransport(client=session, verify=verify) as transport:
-        names = filter(None, (settings.model, settings.fallback_model))
-        yield [Groq(transport, clock, settings, name) for name in names]
-    watching.cancel()
+    try:
+        async with AiohttpTransport(client=session, verify=verify) as transport:
+            names = filter(None, (settings.model, settings.fallback_model))
+            yield [Groq(transport, clock, settings, name) for name in names]
+    finally:
+        watching.cancel()
