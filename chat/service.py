@@ -99,8 +99,9 @@ class ChatService:
         self._is_draining = True
         if tasks := [reply.task for reply in self._replies if reply.task]:
             await asyncio.wait(tasks, timeout=timeout)
+        if self._replies:
+            logger.warning("drain timeout: ending %d replies", len(self._replies))
         for reply in self._replies:
-            logger.warning("drain timeout: ending a reply")
             reply.expire(errors.Draining())
 
     def _admit(self, reply: Reply) -> None:

@@ -125,7 +125,7 @@ def test_the_key_opens_no_conversation_expires_and_may_hold_what_somebody_else_s
 
 
 BREAK = {"killed": RedisServer.kill, "hanging": RedisServer.pause}
-MEND = {"killed": RedisServer.start, "hanging": RedisServer.resume}
+RESTORE = {"killed": RedisServer.start, "hanging": RedisServer.resume}
 
 
 @pytest.mark.parametrize("how", BREAK)
@@ -153,7 +153,7 @@ def test_without_the_history_a_chat_is_refused_before_groq_is_asked(
     wait_until(lambda: not replica.is_ready())
     assert replica.http.get("/ready").json()["status"] == "history unreachable"
     assert replica.http.get("/health").status_code == 200
-    MEND[how](redis)
+    RESTORE[how](redis)
     wait_until(replica.is_ready)
     assert replica.reply("after", conversation) == "You said: after"
     assert replica.contents(conversation)[::2] == ["before", "after"]
@@ -164,7 +164,7 @@ def test_a_reply_outlives_the_history_and_is_stored_when_it_is_back(
     replica: Service, groq: FakeGroq, redis: RedisServer, conversation: str, how: str
 ) -> None:
     replies_while_redis_is_away(replica, groq, conversation, 1, lambda: BREAK[how](redis))
-    MEND[how](redis)
+    RESTORE[how](redis)
     wait_until(replica.is_ready)
     wait_until(lambda: replica.contents(conversation) == ["held 0", "ab"])
     assert replica.metric("history_lost_exchanges_total") == 0
