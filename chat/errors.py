@@ -2,8 +2,10 @@
 Everything that can go wrong in a chat, with its HTTP status and the code that closes a WebSocket.
 
 ChatError
-├── about the request    BadRequest 400, BinaryMessage /1003, OriginNotAllowed 403/1008,
-│                        ConversationNotFound 404, BodyTooSlow 408, BodyTooLarge 413/1009
+├── about the request    BadRequest 400, MessageTooLong 400, MissingMessages 400,
+│                        BinaryMessage /1003, OriginNotAllowed 403/1008,
+│                        ConversationNotFound 404, BodyTooSlow 408, BodyTooLarge 413/1009,
+│                        BodyCompressed 415
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
@@ -36,6 +38,14 @@ class BadRequest(ChatError):
     status, reason = 400, "bad_request"
 
 
+class MissingMessages(BadRequest):
+    text = 'messages is missing; send {{"messages": [{{"role": "user", "content": "..."}}]}}'
+
+
+class MessageTooLong(BadRequest):
+    text = "the message is too long for the model; send a shorter one"
+
+
 class BinaryMessage(BadRequest):
     close_code, text = 1003, "messages must be JSON in text frames, not binary frames"
 
@@ -51,6 +61,11 @@ class ConversationNotFound(ChatError):
 
 class BodyTooSlow(ChatError):
     status, reason, text = 408, "too_slow", "the body must arrive within {:g} s"
+
+
+class BodyCompressed(ChatError):
+    status, reason = 415, "compressed"
+    text = "the body is compressed ({}); send it without Content-Encoding"
 
 
 class BodyTooLarge(ChatError):
@@ -83,10 +98,16 @@ class Draining(ChatError):
 
 
 class GroqError(ChatError):
+    """`cause` is for the log: the class of an exception, or what was wrong with a response."""
+
     status = 502
     is_temporary: bool = False  # another attempt may succeed
     is_of_model: bool = False  # another model may succeed
     is_outage: bool = False  # Groq itself is failing: counts towards the circuit breaker
+
+    def __init__(self, *values: object, cause: str = "", retry_after: int | None = None) -> None:
+        super().__init__(*values, retry_after=retry_after)
+        self.log_fields |= {"cause": cause} if cause else {}
 
 
 class GroqUnreachable(GroqError):

@@ -2,12 +2,22 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
-from chat.errors import BadRequest
+from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+EMPTY = str(MissingMessages()).replace("messages is missing", "the body is empty")
+MISSING = re.compile("Object missing required field `(.+)`")
+KINDS = re.compile(r"`(\w+)[^`]*`")
+JSON_KINDS = {"bool": "true or false", "str": "a string", "array": "an array"}
+JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
+HALF_CHARACTER = re.compile(
+    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
+)
 CONVERSATION_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
@@ -46,17 +56,64 @@ _REQUEST = msgspec.json.Decoder(ChatRequest)
 
 def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:
     """Decode and check what a client sent; raise `BadRequest` if it breaks a rule."""
+    received = body.encode(errors="replace") if isinstance(body, str) else body
+    received = received.removeprefix(BYTE_ORDER_MARK)
+    if not received.strip():
+        raise BadRequest(EMPTY)
     try:
-        request = _REQUEST.decode(body)
+        request = _decode(received)
     except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$")
-        path = path.rstrip("`").lstrip(".")
-        raise BadRequest(f"{path}: {what}" if path else what) from None
-    except (RecursionError, UnicodeDecodeError, msgspec.DecodeError) as error:
-        raise BadRequest(f"the body must be valid JSON in UTF-8: {error}") from None
+        raise BadRequest(_in_the_words_of_json(str(error))) from None
+    except (RecursionError, ValueError) as error:
+        raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
     if not (may_cancel and request.cancel):
+        if not request.messages and b'"messages"' not in received:
+            raise MissingMessages
         _check(request)
     return request
+
+
+def _decode(received: bytes) -> ChatRequest:
+    try:
+        return _REQUEST.decode(received)
+    except msgspec.ValidationError:
+        decoded = msgspec.json.decode(received)
+        messages = decoded.get("messages") if isinstance(decoded, dict) else None
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, dict) and isinstance(message.get("content"), list):
+                message["content"] = _joined(message["content"], f"messages[{index}].content")
+        return msgspec.convert(decoded, ChatRequest)
+
+
+def _joined(parts: list[Any], path: str) -> str:
+    """Return the text of a content that is a list of parts, as OpenAI's clients send it."""
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            wrong = f", not {kind[:40]}" if isinstance(kind, str) and kind != "text" else ""
+            wanted = '{"type": "text", "text": "..."}'
+            raise BadRequest(f"{path}[{index}] must be {wanted}{wrong}")
+    return "".join(part["text"] for part in parts)
+
+
+def _in_the_words_of_json(error: str) -> str:
+    """Translate an error of msgspec's, such as "Expected `str`, got `int` - at `$.stream`"."""
+    what, _, path = error.partition(" - at `$")
+    path = path.strip("`.")
+    if missing := MISSING.match(what):
+        return f"{path}.{missing[1]} is missing"
+    expected, found = (JSON_KINDS.get(kind, kind) for kind in KINDS.findall(what)[:2])
+    return f"{path or 'the body'} must be {expected}, not {found}"
+
+
+def _why(error: Exception, received: bytes) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if HALF_CHARACTER.search(received):
+        return "it has half of a character, a \\uD800 to \\uDFFF without its other half"
+    if isinstance(error, UnicodeDecodeError):
+        return "it has bytes that are not UTF-8"
+    return str(error).removeprefix("JSON is malformed: ")
 
 
 def _check(request: ChatRequest) -> None:

@@ -25,6 +25,7 @@ HTTP_REQUEST_DURATION = duration(
 )
 CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_type"])
 CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
+CHAT_FINISH_REASONS = Counter("chat_finish_reasons_total", "Completed replies.", ["reason"])
 CHAT_REPLIES_ACTIVE = total("chat_replies_active", "Replies in progress.", ["stream_type"])
 CHAT_ERRORS = Counter("chat_errors_total", "Requests and replies that failed.", ["reason"])
 CHAT_TIME_TO_FIRST_TOKEN = duration("chat_time_to_first_token_seconds", "Time to the first token.")
@@ -48,12 +49,14 @@ REDIS_UP = smallest("redis_up", "1 if Redis accepts commands, NaN if there is no
 REDIS_UP.set(nan)
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
+FINISH_REASONS = ("stop", "length", "content_filter", "refusal", "tool_calls")
 GROQ_OUTCOMES = {*OUTCOMES[:2], "internal", "quota", *reasons(GroqError)} - {GroqCircuitOpen.reason}
 
 # Children are looked up once, and a series that exists from the start shows its first increase.
 requests = {name: CHAT_REQUESTS.labels(name) for name in STREAM_TYPES}
 active = {name: CHAT_REPLIES_ACTIVE.labels(name) for name in STREAM_TYPES}
 replies = {(name, how): CHAT_REPLIES.labels(name, how) for name in STREAM_TYPES for how in OUTCOMES}
+finish_reasons = {reason: CHAT_FINISH_REASONS.labels(reason) for reason in FINISH_REASONS}
 prompt_tokens, completion_tokens = map(CHAT_TOKENS.labels, ("prompt", "completion"))
 cache_hits, cache_misses = map(TOKEN_CACHE_LOOKUPS.labels, ("hit", "miss"))
 errors = {reason: CHAT_ERRORS.labels(reason) for reason in reasons()}
@@ -66,9 +69,9 @@ def render() -> bytes:
     return prometheus_client.generate_latest(_registry())
 
 
-def serve(port: int) -> None:
+def serve(host: str, port: int) -> None:
     """Serve the metrics on a port of their own, from a thread, until the process ends."""
-    prometheus_client.start_http_server(port, "0.0.0.0", _registry())  # noqa: S104
+    prometheus_client.start_http_server(port, host, _registry())
 
 
 def watch_event_loop() -> None:

@@ -10,7 +10,8 @@ import msgspec
 
 from chat.errors import ChatError
 
-LOGGED = "stream_type outcome truncated duration_ms ttft_ms prompt_tokens completion_tokens model"
+LOGGED = """stream_type outcome finish_reason duration_ms ttft_ms prompt_tokens completion_tokens
+model groq_id"""
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)] | None
 
 
@@ -87,6 +88,7 @@ class Reply:
 
     def summary(self) -> dict[str, Any]:
         """Return what a log line says about it."""
-        names = (*LOGGED.split(), "groq_id")
-        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        found = {
+            name: value for name in LOGGED.split() if (value := getattr(self, name)) is not None
+        }
         return found | (self.error.log_fields if self.error else {})

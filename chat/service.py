@@ -48,10 +48,11 @@ class ChatService:
         self, settings: Settings, *, history: History, counts: TokenCounts, groq: GroqClient
     ) -> None:
         self._settings, self._history, self._counts = settings, history, counts
-        self._groq, self._is_draining = groq, False
+        self._groq, self.is_draining = groq, False
         self._system = [Message("system", settings.system_prompt)] * bool(settings.system_prompt)
         self._system_tokens = sum(map(estimate, self._system))
         self._replies: set[Reply] = set()
+        self._room = settings.context_tokens  # for a history; less once the model has refused it
 
     @asynccontextmanager
     async def answer(
@@ -96,7 +97,7 @@ class ChatService:
 
     async def drain(self, timeout: float) -> None:
         """Begin no more replies, and end those in progress after `timeout` seconds."""
-        self._is_draining = True
+        self.is_draining = True
         if tasks := [reply.task for reply in self._replies if reply.task]:
             await asyncio.wait(tasks, timeout=timeout)
         if self._replies:
@@ -106,7 +107,7 @@ class ChatService:
 
     def _admit(self, reply: Reply) -> None:
         limit, client = self._settings.max_concurrent_per_client, reply.client
-        if self._is_draining:
+        if self.is_draining:
             raise errors.Draining
         if len(self._replies) >= self._settings.max_concurrent:
             raise errors.TooBusy
@@ -122,6 +123,7 @@ class ChatService:
         try:
             yield
             reply.outcome = "completed"
+            metrics.finish_reasons[reply.finish_reason or "stop"].inc()
         except errors.ReplyCancelled:
             reply.outcome = "cancelled"
             raise
@@ -148,7 +150,9 @@ class ChatService:
     def _count_tokens(self, reply: Reply, ttft_ms: float) -> None:
         usage = reply.usage or Usage()
         reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
-        reply.completion_tokens = usage.completion_tokens or estimate_tokens(reply.text)
+        reply.completion_tokens = usage.completion_tokens or (
+            estimate_tokens(reply.text) if reply.sent else 0
+        )
         metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
@@ -167,15 +171,16 @@ class ChatService:
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))
         new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
-        room = settings.context_tokens - settings.max_tokens
-        step = max(1, settings.max_exchanges // 4)
-        history = fit(before, fixed=fixed + new_count.tokens, room=room, step=step)
+        room, needed = settings.context_tokens - settings.max_tokens, fixed + new_count.tokens
+        room, step = min(room, max(needed, self._room)), max(1, settings.max_exchanges // 4)
+        history = fit(before, fixed=needed, room=room, step=step)
         first = [*self._system, *leading]
         turn = Turn(conversation, is_transcript, before, history, first, new, new_count, fixed)
         reply.prompt_tokens = turn.known_tokens + new_count.tokens
         return turn
 
     async def _tokens(self, turn: Turn, reply: Reply) -> AsyncGenerator[list[str], None]:
+        refused = 0  # the tokens of the smallest prompt that was
         while not reply.is_whole:
             messages = [*turn.fixed, *flatten(turn.history), *turn.new]
             try:
@@ -185,10 +190,15 @@ class ChatService:
                         reply.sent += some  # only what the transport has taken
                 reply.is_whole = True
             except errors.GroqRefused as error:
-                if not (error.is_too_large and turn.history):
+                if not error.is_too_large:
                     raise
+                if not turn.history:
+                    raise errors.MessageTooLong from error
+                refused = turn.known_tokens + turn.new_count.tokens
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()
+        if refused and reply.model == self._settings.model:
+            self._room = min(self._room, refused * 3 // 4)
         if reply.timeout:
             reply.timeout.reschedule(None)  # a stored reply does not end as a timeout
         await self._store(turn, reply)

@@ -249,7 +249,7 @@ class _Connection(asyncio.Protocol):
         if usage := _usage(script):
             body["usage"] = usage
         if script.error_before_token is not None:
-            body = {"error": {"message": "org_secret is over capacity"}}
+            body = json.loads(script.error.partition("data: ")[2])
         self._write_whole(script, json.dumps(body).encode() if script.body is None else script.body)
 
     def _write_whole(self, script: Script, body: bytes) -> None:

@@ -50,7 +50,6 @@ def models(requests: list[Request]) -> list[str]:
 @pytest.mark.parametrize(
     "fault",
     [
-        Script(cut_before_status=True),
         Script(cut_before_token=0),
         Script(error_before_token=0),
         Script(error_before_token=0, error="event: error\ndata: overloaded"),
@@ -68,6 +67,44 @@ def test_a_temporary_fault_is_retried(
     assert len(groq.asked("question")) == 2
     assert retrying.metric("groq_retries_total") == retries + 1
     assert retrying.contents(conversation) == ["question", "good"]
+
+
+def test_a_pooled_connection_that_groq_has_closed_is_neither_a_failure_nor_a_retry(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(GROQ_CIRCUIT_FAILURES=1)
+    for stream in (True, False):
+        service.reply("opens a connection")
+        groq.on(f"question {stream}", Script(cut_before_status=True), Script(["good"]))
+        assert "good" in service.chat(f"question {stream}", stream=stream).text
+        assert len({request.connection for request in groq.asked(f"question {stream}")}) == 2
+    assert service.metric("groq_retries_total") == 0
+    assert service.metric("groq_requests_total", outcome="unreachable") == 0
+    groq.on("hopeless", Script(cut_before_status=True))
+    assert service.chat("hopeless").status_code == 502
+    assert len(groq.asked("hopeless")) == 1, "on a new connection it is a failure"
+
+
+def test_the_fallback_is_asked_when_a_200_says_that_the_quota_is_used_up(
+    falling_back: Service, groq: FakeGroq
+) -> None:
+    error = '{"error":{"message":"org_secret","type":"tokens","code":"rate_limit_exceeded"}}'
+    for stream in (True, False):
+        refusal = Script([], error_before_token=0, error=f"data: {error}")
+        groq.on(f"question {stream}", refusal, Script(["good"]))
+        assert "good" in falling_back.chat(f"question {stream}", stream=stream).text
+        assert models(groq.asked(f"question {stream}")) == [MODEL, FALLBACK_MODEL]
+
+
+def test_a_mistake_of_one_client_opens_no_circuit(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(GROQ_CIRCUIT_FAILURES=2, **RETRIES)
+    said = 'data: {"error":{"code":400,"message":"the request exceeds the available context size"}}'
+    groq.on("long question", Script([], error_before_token=0, error=said))
+    assert [service.chat("long question").status_code for _ in range(4)] == [400] * 4
+    assert len(groq.asked("long question")) == 4
+    assert service.reply("question") == "You said: question"
 
 
 def test_the_number_of_retries_is_limited(retrying: Service, groq: FakeGroq) -> None:
@@ -167,12 +204,17 @@ TOO_LONG = b'{"error":{"code":"context_length_exceeded","message":"Please reduce
     "refusal", [Script(status=413), Script(status=400, body=TOO_LONG)], ids=["413", "400"]
 )
 def test_a_prompt_that_is_too_long_is_sent_again_with_half_of_the_history(
-    service: Service, groq: FakeGroq, conversation: str, refusal: Script
+    start_service: StartService, groq: FakeGroq, conversation: str, refusal: Script
 ) -> None:
+    service = start_service()
     for number in range(4):
         service.reply(f"n{number}", conversation)
     groq.on("hopeless", refusal)
-    assert service.chat("hopeless", conversation).status_code == 502
+    answer = service.chat("hopeless", conversation, stream=True)
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        "the message is too long for the model; send a shorter one",
+    )
     assert [len(request.contents) for request in groq.asked("hopeless")] == [9, 5, 3, 1]
     groq.on("odd", Script(status=400, body=b'{"error":{"message":"temperature is odd"}}'))
     assert service.chat("odd", conversation).status_code == 502
@@ -182,6 +224,9 @@ def test_a_prompt_that_is_too_long_is_sent_again_with_half_of_the_history(
     whole, half = (request.contents for request in groq.asked("question"))
     assert half == whole[4:]
     assert service.contents(conversation) == [*whole, "good"]
+    service.reply("next", conversation)
+    assert len(groq.asked("next")) == 1
+    assert len(groq.asked("next")[0].contents) < len(whole), "what was refused is remembered"
 
 
 def circuit_state(service: Service) -> float:

@@ -28,7 +28,7 @@ class Fault:
             return 0
         if transport == "sse" and self.text:
             return 200
-        return 504 if self.outcome == "timeout" else 502
+        return {"timeout": 504, "too long": 400}.get(self.outcome, 502)
 
 
 REFUSED = "the language model service answered with status {}"
@@ -41,8 +41,17 @@ INVALID = "the language model service sent an invalid response"
 EMPTY = "the language model sent an empty reply"
 USED_UP = "the language model used up its 1024 tokens before it wrote any text"
 
+WITHHELD = "the language model wrote no text that its content filter passed"
+TOOL = "the language model asked for a tool, and wrote no text"
+
+
+def said(error: str) -> Script:
+    """An error inside a 200, as an event or as a whole body."""
+    return Script([], error_before_token=0, error=f'data: {{"error":{error}}}')
+
+
 STATUSES = {
-    **dict.fromkeys((302, 400, 413, 498, 503), REFUSED),
+    **dict.fromkeys((302, 400, 498, 503), REFUSED),
     **dict.fromkeys((401, 403, 404), MISCONFIGURED),
 }
 FAULTS = {
@@ -52,8 +61,22 @@ FAULTS = {
     },
     "status 429": Fault(Script(status=429), "quota", REFUSED.format(429)),
     "a status line that is not UTF-8": Fault(
-        Script(status=503, reason="\xfcberlastet"), "unreachable", UNREACHABLE
+        Script(status=503, reason="\xfcberlastet"), "broken", INVALID
     ),
+    "a header that is too long": Fault(Script(headers=(("x", "x" * 70_000),)), "broken", INVALID),
+    "says in a 200 that the request is wrong": Fault(
+        said('{"code":400,"message":"no"}'), "refused", REFUSED.format(400)
+    ),
+    "says in a 200 that the key is wrong": Fault(
+        said('{"type":"authentication_error"}'), "refused", MISCONFIGURED
+    ),
+    "says in a 200 that the quota is used up": Fault(
+        said('{"type":"tokens","code":"rate_limit_exceeded"}'), "quota", REFUSED.format(429)
+    ),
+    "aborts": Fault(Script([], finish_reason="abort"), "failed", FAILED),
+    "aborts after a token": Fault(Script(["a"], finish_reason="abort"), "failed", FAILED, "a"),
+    "withholds its text": Fault(Script([], finish_reason="safety"), "empty", WITHHELD),
+    "asks for a tool": Fault(Script([], finish_reason="tool_calls"), "empty", TOOL),
     "hangs up": Fault(Script(cut_before_status=True), "unreachable", UNREACHABLE),
     "silent before its status": Fault(Script(hold_before_status=True), "timeout", TIMEOUT),
     "silent before a token": Fault(Script(hold_before_token=0), "timeout", TIMEOUT),

@@ -27,26 +27,12 @@ def test_groq_is_asked_as_its_protocol_says(
     assert whole.path == "/openai/v1/chat/completions"
     assert whole.headers["authorization"] == f"Bearer {KEY}"
     assert whole.headers["content-type"] == "application/json"
-    options = {
-        "model": "openai/gpt-oss-20b",
-        "max_completion_tokens": 1024,
-        "include_reasoning": False,
-        "reasoning_effort": "low",
-    }
+    options = {"model": "openai/gpt-oss-20b", "max_tokens": 1024}  # all that any server knows
     assert whole.body == {**options, "messages": [{"role": "user", "content": "json please"}]}
     messages = streamed.body.pop("messages")
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     stream_options = {"stream": True, "stream_options": {"include_usage": True}}
     assert streamed.body == options | stream_options
-
-
-def test_other_models_are_not_asked_about_reasoning(
-    start_service: StartService, groq: FakeGroq
-) -> None:
-    for model in ("llama3.2:1b", "gpt-oss:20b", "openai/gpt-oss-safeguard-20b"):
-        start_service(MODEL=model, MAX_TOKENS=7).reply("question")
-        del groq.requests[-1].body["messages"]
-        assert groq.requests[-1].body == {"model": model, "max_completion_tokens": 7}
 
 
 def test_the_system_prompt_goes_first_and_is_never_stored(
@@ -193,3 +179,35 @@ def test_only_a_stream_that_waits_for_groq_without_progress_is_silent() -> None:
         asyncio.run(watch(is_reading=True, progress=0))
     with pytest.raises(asyncio.CancelledError):  # by somebody else, too
         asyncio.run(watch(is_reading=True, progress=0, is_cancelled=True))
+
+
+def test_groq_is_reached_through_the_proxy_of_the_environment(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    proxy = {
+        "HTTP_PROXY": groq.url.removesuffix("/openai/v1"),
+        "GROQ_BASE_URL": "http://groq.invalid/v1",
+    }
+    assert start_service(**proxy).reply("question") == "You said: question"
+    assert groq.requests[-1].path == "http://groq.invalid/v1/chat/completions"
+    assert start_service(**proxy, NO_PROXY=".invalid").chat("question").status_code == 502
+
+
+def test_the_log_says_why_groq_cannot_be_reached_and_what_was_no_reply(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    for settings, script, cause in (
+        ({"GROQ_BASE_URL": "http://groq.invalid"}, Script(), "ClientConnectorDNSError"),
+        ({"GROQ_BASE_URL": f"http://127.0.0.1:{free_port()}"}, Script(), "ClientConnectorError"),
+        ({}, Script(body=b'data: {"choices":{}}\n\ndata: [DONE]\n\n'), "choices: object"),
+        (
+            {},
+            Script(headers=(("content-encoding", "br"),)),
+            "content type text/event-stream, encoding br",
+        ),
+    ):
+        groq.reset()
+        groq.on("question", script)
+        service = start_service(**settings)
+        assert service.chat("question", stream=True).status_code == 502
+        assert service.log_line(status=502)["cause"] == cause

@@ -1,5 +1,6 @@
 """`POST /chat` as JSON, and the paths beside it, over real sockets."""
 
+import gzip
 import json
 from collections.abc import Iterator
 
@@ -21,10 +22,11 @@ STREAM_OR_NOT = [
     (False, "", "text/event-stream", False),
 ]
 BAD_BODIES: list[tuple[object, str]] = [
-    ("", "the body must be valid JSON in UTF-8"),
+    ("", "the body is empty; send {"),
     ("hello", "the body must be valid JSON"),
     (b'{"messages":[{"role":"user","content":"\xff"}]}', "valid JSON in UTF-8"),
-    ({}, "messages must not be empty"),
+    ({"prompt": "hello"}, "messages is missing; send {"),
+    ({"messages": [USER], "stream": "true"}, "stream must be true or false, not a string"),
     ({"messages": [USER, {**USER, "content": " \n\t"}]}, "messages[1].content must not be empty"),
     ({"messages": [{**USER, "role": "system"}]}, "messages[0].role must be exactly 'user' or"),
     ({"messages": [{**USER, "role": "assistant"}]}, "the last message must be from 'user'"),
@@ -79,9 +81,10 @@ def test_unknown_fields_and_curls_content_type_are_accepted(service: Service) ->
 
 
 def test_unknown_paths_and_wrong_methods_get_errors_of_the_same_form(service: Service) -> None:
-    for path in ("/nope", "/chat/", "/conversations/"):
+    for path in ("/nope", "/chat/", "/conversations/", "/v1/chat/completions"):
         answer = service.http.post(path)
-        assert (answer.status_code, answer.json()) == (404, {"error": "no such path"})
+        assert answer.status_code == 404
+        assert answer.json()["error"].startswith("no such path; POST /chat takes chats (no slash")
     answer = service.http.get("/chat")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json() == {"error": "method not allowed; use POST"}
@@ -96,6 +99,18 @@ def test_a_body_over_the_limit_gets_a_413_and_is_read_no_further(strict: Service
         head = b"POST /chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head + b"7d0\r\n" + b"x" * 2000 + b"\r\n")  # and no end
         assert everything_from(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_compressed_body_gets_a_415_that_says_so(service: Service) -> None:
+    content, headers = (
+        gzip.compress(json.dumps(body("hello")).encode()),
+        {"content-encoding": "gzip"},
+    )
+    answer = service.http.post("/chat", content=content, headers=headers)
+    assert (answer.status_code, answer.headers["connection"]) == (415, "close")
+    assert answer.json() == {
+        "error": "the body is compressed (gzip); send it without Content-Encoding"
+    }
 
 
 def test_a_body_that_takes_too_long_gets_a_408(strict: Service) -> None:

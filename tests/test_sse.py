@@ -1,6 +1,7 @@
 """Replies as Server-Sent Events: the format, as pure functions, and the stream, over sockets."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 
@@ -23,9 +24,21 @@ TOKENS = st.lists(
 @given(TOKENS)
 def test_an_event_stream_carries_every_token(tokens: list[str]) -> None:
     received = [event.data for event in events(iter([sse_events(tokens)]))]
-    if "\r" not in "".join(tokens):
-        assert "".join(received) == "".join(tokens)
+    assert "".join(received) == re.sub("\r\n?", "\n", "".join(tokens))
     assert "[DONE]" not in received
+
+
+@given(st.lists(st.text("\r\nab", min_size=1), min_size=1), st.integers(0, 20))
+def test_line_ends_are_the_same_wherever_tokens_and_reads_are_cut(
+    tokens: list[str], place: int
+) -> None:
+    reads = [read for read in (tokens[:place], tokens[place:]) if read]
+    sent, is_after_cr = b"", False
+    for read in reads:
+        sent += sse_events(read, is_after_cr=is_after_cr)
+        is_after_cr = read[-1].endswith("\r")
+    whole = "".join(tokens).replace("\r\n", "\n").replace("\r", "\n")
+    assert "".join(event.data for event in events(iter([sent]))) == whole
 
 
 def test_line_ends_errors_and_ends_keep_to_the_format() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.errors import GroqError, GroqFailed, GroqReplyBroken, GroqReplyCut
+from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyBroken, GroqReplyCut
 from chat.llm.stream import BodyParser, EventParser, ReplyParser
 from tests.servers import events
 
@@ -19,7 +19,9 @@ PIECES = st.sampled_from(
         b'{"choices":[{"delta":{"content":"a"}}]}',
         b'{"choices":[{"delta":{"content":"\xe2\x80\xa8"},"finish_reason":"stop"}]}',
         b'{"choices":[],"usage":{"prompt_tokens":1}}',
-        b'{"error":{}}',
+        b'{"error":"e"}',
+        b'{"choices":[{"delta":{"content":"\\ud83d"}}]}',
+        b'{"choices":[{"delta":{"content":["x"]},"finish_reason":5}]}',
         b'{"choices":[]},{"choices":[]}',
     ]
 )
@@ -66,7 +68,7 @@ def test_events_without_an_error_are_those_of_the_standard(stream: bytes) -> Non
     text = lines.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
     expected = [e.data for e in events(iter([text.encode()])) if e.name != "error" and e.data]
     ours = [data.decode("latin-1") for data in EventParser().feed(stream)]
-    assert [data for data in ours if data != '{"error":true}'] == expected
+    assert [data for data in ours if not data.startswith('{"error":[')] == expected
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
@@ -199,3 +201,93 @@ WHOLE = '{"message":{"content":"Hi"},"finish_reason":"length"}'
 )
 def test_a_whole_reply_is_one_json_object(body: str, parsed: Parsed) -> None:
     assert parse(cut(body.encode(), [3, 7]), ReplyParser(BodyParser())) == parsed
+
+
+def chunk(content: str, **members: object) -> str:
+    choice = ",".join([f'"delta":{content}', *(f'"{k}":{v}' for k, v in members.items())])
+    return f'data: {{"choices":[{{{choice}}}]}}\n\n'
+
+
+THINKING = '[{"type":"thinking","thinking":[{"type":"text","text":"hm"}]}]'
+ODD = [
+    chunk(f'{{"content":{THINKING}}}'),
+    chunk('{"content":{"a":1}}'),
+    chunk('{"content":5}'),
+    chunk('"text"'),
+    chunk("{}", finish_reason="5"),
+    chunk("{}", logprobs="NaN"),
+    chunk("{}", error='""'),
+    'data: {"choices":["x"]}\n\n',
+    'data: {"choices":{}}\n\n',
+    'data: {"choices":[],"error":{}}\n\n',
+    'data: {"x_groq":[],"usage":5}\n\n',
+]
+
+
+def test_an_odd_member_is_passed_over_and_costs_no_reply() -> None:
+    for odd in ODD:
+        for stream in (odd + HI + DONE, HI + odd + DONE):
+            assert parse([stream.encode()]) == Parsed("Hi"), odd
+    parts = '[{"type":"text","text":"H"},{"type":"text","text":"i"}]'
+    assert parse([(chunk(f'{{"content":{parts}}}') + DONE).encode()]) == Parsed("Hi")
+
+
+def test_what_is_no_reply_says_where_and_of_which_kind() -> None:
+    for odd, cause in (
+        (ODD[1], "choices[0].delta.content: object"),
+        (ODD[3], "choices[0].delta: str"),
+        (ODD[8], "choices: object"),
+    ):
+        parser = ReplyParser(EventParser())
+        parse([(odd + DONE).encode()], parser)
+        with pytest.raises(GroqError) as raised:
+            parser.check(1)
+        assert raised.value.log_fields == {"error": "empty", "cause": cause}
+
+
+def test_halves_of_characters_are_joined_and_a_half_alone_is_replaced() -> None:
+    for tokens, text in (
+        ([r"a\ud83d", r"\ude00b"], "a\U0001f600b"),
+        ([r"a\ud83d", "b", r"\ude00"], "a\ufffdb\ufffd"),
+        ([r"\ud83d"], "\ufffd"),
+        ([r"\ude00", r"\ud83d\ude00"], "\ufffd\U0001f600"),
+        (["a\udcf0\udc9f", "\udc98\udc80b"], "a\U0001f600b"),
+        (["\udcff", "ok"], "\ufffdok"),
+    ):
+        chunks = "".join(chunk(f'{{"content":"{token}"}}') for token in tokens)
+        for end in (DONE, chunk("{}", finish_reason='"stop"')):
+            stream = (chunks + end).encode(errors="surrogateescape")
+            assert parse([stream]).text == parse(cut(stream, [60, 61, 150])).text == text, tokens
+
+
+def test_only_a_known_finish_reason_ends_a_reply_and_after_it_nothing_fails() -> None:
+    end = chunk("{}", finish_reason='"MAX_TOKENS"')
+    assert parse([(HI + end + 'data: {"error":"late"}\n\nx').encode()]) == Parsed(
+        "Hi", None, "length"
+    )
+    for reason, error in (("abort", GroqFailed), ("error", GroqFailed), ("throttled", GroqRefused)):
+        stream = HI + chunk("{}", finish_reason=f'"{reason}"') + DONE
+        assert parse([stream.encode()]) == Parsed("Hi", error)
+
+
+def test_a_refusal_is_a_reply_and_no_text_at_all_is_told_by_its_reason() -> None:
+    parser = ReplyParser(EventParser())
+    refusal = chunk('{"content":null,"refusal":"I cannot."}')
+    assert parse([(refusal + DONE).encode()], parser).text == "I cannot."
+    assert parser.is_refusal
+    for reason, told in (("length", "its 7 tokens"), ("SAFETY", "filter"), ("tool_use", "a tool")):
+        parser = ReplyParser(EventParser())
+        parse([chunk("{}", finish_reason=f'"{reason}"').encode()], parser)
+        with pytest.raises(GroqError, match=told):
+            parser.check(7)
+
+
+def test_the_data_of_an_error_event_is_classed_too() -> None:
+    for data, error in (
+        ('{"code":429}', GroqRefused),
+        ('{"error":{"code":"context_length_exceeded"}}', GroqRefused),
+        ("overloaded", GroqFailed),
+        ("", GroqFailed),
+        ("null", GroqFailed),
+    ):
+        assert parse([f"{HI}event: error\ndata: {data}\n\n".encode()]) == Parsed("Hi", error), data

@@ -12,15 +12,27 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from chat.config import Settings
-from chat.errors import BodyTooLarge, BodyTooSlow, ChatError, ClientDisconnected, Draining
+from chat.errors import (
+    BodyCompressed,
+    BodyTooLarge,
+    BodyTooSlow,
+    ChatError,
+    ClientDisconnected,
+    Draining,
+)
 from chat.messages import ChatRequest
 
 Headers = Mapping[str, str] | None
+NO_SUCH_PATH = """\
+no such path; POST /chat takes chats (no slash at its end, no OpenAI API at /v1), \
+and GET /openapi.yaml describes all paths"""
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
-    """Read a body; raise `BodyTooLarge`, `BodyTooSlow` or `ClientDisconnected`."""
+    """Read a body; raise `ChatError` if that fails."""
     body, limit, timeout = bytearray(), settings.max_body_bytes, settings.body_timeout
+    if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise BodyCompressed(encoding[:40])
     if int(request.headers.get("content-length", 0)) > limit:
         raise BodyTooLarge(limit)
     try:
@@ -79,7 +91,7 @@ async def error_response(connection: HTTPConnection, error: ChatError) -> Respon
     """Render an error of ours, and note it for the log."""
     connection.scope["chat.log_fields"] = error.log_fields
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
-    if isinstance(error, BodyTooLarge | BodyTooSlow | Draining):
+    if isinstance(error, BodyCompressed | BodyTooLarge | BodyTooSlow | Draining):
         headers["connection"] = "close"  # the rest of the body is not read, or nothing is any more
     return json_response({"error": str(error)}, error.status, headers)
 
@@ -87,7 +99,7 @@ async def error_response(connection: HTTPConnection, error: ChatError) -> Respon
 async def routing_error(request: Request, error: HTTPException) -> Response:
     """Render what Starlette's routing raises: 404 and 405."""
     if not error.headers:
-        return json_response({"error": "no such path"}, error.status_code)
+        return json_response({"error": NO_SUCH_PATH}, error.status_code)
     allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
     message = f"method not allowed; use {allowed}"
     return json_response({"error": message}, error.status_code, {"Allow": allowed})

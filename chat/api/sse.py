@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from math import inf
 
@@ -43,8 +43,10 @@ class EventStream(Response):
             async with cancelled_on_disconnect(receive):
                 try:
                     async with in_background(self._keep_alive()), self._answer as tokens:
+                        is_after_cr = False
                         async for some in tokens:
-                            await self._write(sse_events(some))
+                            await self._write(sse_events(some, is_after_cr=is_after_cr))
+                            is_after_cr = some[-1].endswith("\r")
                     cut = self._reply.truncated
                     end = sse_named("truncated", reason=cut) + DONE if cut else DONE
                     await self._write(end, more_body=False)
@@ -72,13 +74,23 @@ class EventStream(Response):
                 wait = self._interval
 
 
-def sse_events(tokens: Sequence[str]) -> bytes:
+def sse_events(tokens: Sequence[str], *, is_after_cr: bool = False) -> bytes:
     """Return one event for each token; what a reader concatenates is the text again."""
     text = "".join(tokens)
+    if "\r" in text or is_after_cr:
+        tokens = [*_with_whole_line_ends(tokens, is_after_cr)]
     if "\n" in text or "\r" in text or "[DONE]" in tokens:
         whole = {"[DONE]": "[\n\ndata: DONE]"}  # two events: the end mark stays unmistakable
         tokens = [whole.get(token) or LINE_END.sub("\ndata: ", token) for token in tokens]
-    return ("data: " + "\n\ndata: ".join(tokens) + "\n\n").encode()
+    return ("data: " + "\n\ndata: ".join(tokens) + "\n\n").encode() if tokens else b""
+
+
+def _with_whole_line_ends(tokens: Sequence[str], is_after_cr: bool) -> Iterator[str]:
+    """Leave out the LF of a CRLF that was cut in two: its CR has become a line end already."""
+    for token in tokens:
+        if rest := token[1:] if is_after_cr and token[0] == "\n" else token:
+            yield rest
+        is_after_cr = token[-1] == "\r"
 
 
 def sse_named(name: str, **content: str) -> bytes:

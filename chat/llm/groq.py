@@ -1,15 +1,13 @@
 """
 One request to Groq, over httpx with aiohttp as its transport: the only place that names the two.
-The protocol is https://console.groq.com/docs/api-reference#chat-create, and what the headers say
-of a model's quota https://console.groq.com/docs/rate-limits
+The protocol is https://console.groq.com/docs/api-reference#chat-create
 """
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
-from math import ceil
 from typing import Any, Literal, cast
 
 import aiohttp
@@ -18,14 +16,18 @@ import msgspec
 from httpx_aiohttp import AiohttpTransport
 
 from chat import errors, metrics
-from chat.config import Settings
+from chat.config import Settings, proxy_for
+from chat.llm.chunks import MALFORMED
+from chat.llm.dialects import parameters
+from chat.llm.endings import failure
+from chat.llm.quota import exhausted_for, retry_after
 from chat.llm.silence import SilenceClock, Watched
 from chat.llm.stream import ReplyParser, parser_for
-from chat.llm.types import MALFORMED
 from chat.messages import Message
 from chat.reply import Reply
 
 KEEP_ALIVE_EXPIRY = 4.0  # seconds that an idle connection is kept: many servers close it after five
+MAX_HEADER_BYTES = 64 << 10
 ENDING_TIMEOUT = 1.0  # seconds for usage and `[DONE]` once the model has said why it stopped
 BODY_END_TIMEOUT = 0.1  # seconds after `[DONE]` for the end of the body, to keep the connection
 ERROR_TIMEOUT = 1.0
@@ -33,15 +35,12 @@ MAX_ERROR_BYTES = 1 << 20
 LOOK_UP_TIMEOUT = 10.0
 
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-REASONING_MODELS = re.compile(r"openai/gpt-oss-\d+b")
-SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
-LONGEST = 86_400  # seconds; Groq's windows are a minute and a day
-# How OpenAI-compatible servers say in a 400 that a prompt is too long.
-TOO_LARGE = re.compile(rb"context.{0,20}(length|size|window)|reduce the length", re.I)
 # The last: httpx-aiohttp cannot encode a reason phrase that is not UTF-8.
 FAULTS = (httpx.HTTPError, aiohttp.ClientError, UnicodeEncodeError)
+LOST = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)  # a connection, by the server
+is_reused: ContextVar[bool] = ContextVar("is_reused")  # the connection of the current request
 
+Transports = Sequence[AiohttpTransport]  # with a pool, and with a new connection for each request
 TokenStream = AsyncGenerator[list[str], None]
 ModelState = Literal["available", "missing", "refused", "unknown"]
 
@@ -50,10 +49,11 @@ class Groq:
     """Ask one model for replies, once each; `not_before` is when its quota allows the next one."""
 
     def __init__(
-        self, transport: AiohttpTransport, clock: SilenceClock, settings: Settings, model: str
+        self, transports: Transports, clock: SilenceClock, settings: Settings, model: str
     ) -> None:
         self.model, self.not_before = model, 0.0
-        self._transport, self._clock, self._settings = transport, clock, settings
+        self._transport, self._fresh = transports
+        self._clock, self._settings = clock, settings
         self._base_url = settings.groq_base_url.rstrip("/")
         self._chat_url = httpx.URL(f"{self._base_url}/chat/completions")
         authorization, connect = f"Bearer {settings.groq_api_key}", settings.groq_connect_timeout
@@ -62,10 +62,7 @@ class Groq:
             headers=httpx.Headers(HEADERS | {"Authorization": authorization}),
             extensions={"timeout": {"connect": connect, "pool": connect}},
         )
-        self._options = {"model": model, "max_completion_tokens": settings.max_tokens}
-        if REASONING_MODELS.fullmatch(model):
-            effort = settings.reasoning_effort
-            self._options |= {"include_reasoning": False, "reasoning_effort": effort}
+        self._options = parameters(self._chat_url.host, model, settings)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> TokenStream:
         """Give the tokens of a reply, a read at a time; raise `GroqError` if it fails."""
@@ -93,12 +90,13 @@ class Groq:
                     silence.is_reading = False
                     tokens = parser.feed(received)
                     silence.events = parser.events
+                if not parser.error and (tokens := await _read_ending(body, parser)):
+                    yield tokens
                 parser.check(settings.max_tokens)
-                await _read_ending(body, parser)
             finally:
                 if parser:
-                    reply.finish_reason, reply.usage = parser.finish_reason, parser.usage
-                    reply.groq_id = parser.groq_id
+                    reply.finish_reason = "refusal" if parser.is_refusal else parser.finish_reason
+                    reply.usage, reply.groq_id = parser.usage, parser.groq_id
                     await body.aclose()
                 for response in responses:
                     await response.aclose()
@@ -124,50 +122,40 @@ class Groq:
             options |= {"stream": True, "stream_options": {"include_usage": True}}
         request = self._request("POST", self._chat_url, content=msgspec.json.encode(options))
         # There is no client in front: what it adds, such as redirects, costs 0.06 ms a request.
-        response = await self._transport.handle_async_request(request)
+        is_reused.set(False)
+        try:
+            response = await self._transport.handle_async_request(request)
+        except FAULTS as error:
+            if not (is_reused.get() and isinstance(error.__cause__ or error, LOST)):
+                raise
+            # It was closed while idle, as others in the pool may be; nothing has been generated.
+            response = await self._fresh.handle_async_request(request)
         if wait := exhausted_for(response.status_code, response.headers):
             self.not_before = asyncio.get_running_loop().time() + wait
         return response
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of a duration such as `2m59.56s`, at most a day; 0 if it is malformed."""
-    parts = DURATION.findall(text)
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    return min(seconds, LONGEST) if "".join(map("".join, parts)) == text else 0.0
-
-
-def retry_after(headers: Mapping[str, str]) -> int:
-    """Return for how many seconds the server asks for no further request; 0 if it does not."""
-    return ceil(parse_duration(headers.get("retry-after", "") + "s"))
-
-
-def exhausted_for(status: int, headers: Mapping[str, str]) -> float:
-    """Return for how many seconds the model should not be asked, by the headers of a response."""
-    wait: float = retry_after(headers) if status == 429 else 0
-    for kind in ("requests", "tokens"):
-        if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-            wait = max(wait, parse_duration(headers.get(f"x-ratelimit-reset-{kind}", "")))
-    return wait
-
-
-async def _refusal(response: httpx.Response) -> errors.GroqRefused:
+async def _refusal(response: httpx.Response) -> errors.GroqError:
     """Return what a response with an error status means."""
-    status, wait = response.status_code, retry_after(response.headers)
-    said = await _read_beginning(response) if status == 400 else b""
-    is_too_large = status == 413 or TOO_LARGE.search(said) is not None
-    return errors.GroqRefused(status, wait, is_too_large=is_too_large)
+    status, said = response.status_code, b""
+    if status in (400, 422, 500):
+        said = await _read_beginning(response)
+    with suppress(*MALFORMED):
+        return failure(status, msgspec.json.decode(said), retry_after(response.headers))
+    return failure(status, said.decode(errors="replace"), retry_after(response.headers))
 
 
-async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> None:
+async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> list[str]:
     """Read what may follow the last token, so that usage is known and the connection kept."""
+    tokens: list[str] = []
     with suppress(TimeoutError, errors.GroqReplyBroken, *FAULTS):
         async with asyncio.timeout(BODY_END_TIMEOUT if parser.is_done else ENDING_TIMEOUT) as limit:
             while received := await anext(body, b""):
-                parser.feed(received)
+                tokens += parser.feed(received)
                 if parser.is_done:
                     limit.reschedule(asyncio.get_running_loop().time() + BODY_END_TIMEOUT)
             parser.feed(b"")
+    return tokens
 
 
 async def _read_beginning(response: httpx.Response) -> bytes:
@@ -192,10 +180,13 @@ def _translated() -> Iterator[list[httpx.Response]]:
     except (TimeoutError, *FAULTS) as error:
         kind: type[errors.GroqError] = errors.GroqReplyCut if responses else errors.GroqUnreachable
         # httpx-aiohttp reports a refused connection as a ConnectTimeout too: the cause tells.
-        if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
+        cause = error.__cause__ if isinstance(error, httpx.HTTPError) else error
+        if isinstance(cause, TimeoutError):
             kind = errors.GroqTimeout
+        elif isinstance(cause, aiohttp.ClientResponseError | UnicodeEncodeError):
+            kind = errors.GroqReplyBroken
         outcome = kind.reason
-        raise kind from error
+        raise kind(cause=type(cause or error).__name__) from error
     except Exception:
         outcome = "internal"
         raise
@@ -203,19 +194,32 @@ def _translated() -> Iterator[list[httpx.Response]]:
         metrics.groq_requests[outcome].inc()
 
 
+async def _note_reuse(*_: object) -> None:
+    is_reused.set(True)
+
+
 @asynccontextmanager
 async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
     """Open the connections of the process; give the model, and the fallback if there is one."""
-    verify = httpx.create_ssl_context()
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_EXPIRY, ssl=verify),
-        cookie_jar=aiohttp.DummyCookieJar(),  # what Groq sets for one client is not the others'
-    )
+    verify, proxy = httpx.create_ssl_context(), proxy_for(settings.groq_base_url)
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(_note_reuse)
     clock = SilenceClock(settings.groq_timeout)
     watching = asyncio.create_task(clock.run())
-    try:
-        async with AiohttpTransport(client=session, verify=verify) as transport:
-            names = filter(None, (settings.model, settings.fallback_model))
-            yield [Groq(transport, clock, settings, name) for name in names]
-    finally:
-        watching.cancel()
+    async with AsyncExitStack() as stack:
+        stack.callback(watching.cancel)
+        transports = []
+        for options in ({"keepalive_timeout": KEEP_ALIVE_EXPIRY}, {"force_close": True}):
+            session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=verify, **options),
+                cookie_jar=aiohttp.DummyCookieJar(),  # what Groq sets for one client is not others'
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+                trace_configs=[tracing],
+            )
+            transport = AiohttpTransport(
+                client=session, verify=verify, proxy=httpx.Proxy(proxy) if proxy else None
+            )
+            transports.append(await stack.enter_async_context(transport))
+        names = filter(None, (settings.model, settings.fallback_model))
+        yield [Groq(transports, clock, settings, name) for name in names]

@@ -3,10 +3,15 @@ Groq's replies: bytes in, tokens out. Pure state machines, without I/O. The form
 https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import msgspec
 
 from chat import errors
-from chat.llm.types import NULL, Chunk, GroqExtra, decode_chunks, decode_usage
+from chat.llm.chunks import MALFORMED, CharacterJoiner, decode_chunks, decode_leniently, load
+from chat.llm.endings import EMPTY, FINISH_REASONS, error_in, failure
+from chat.llm.types import Chunk, GroqExtra, read_usage
 from chat.reply import Usage
 
 MAX_REPLY_BYTES = 16 << 20
@@ -18,7 +23,7 @@ DONE = b"[DONE]"
 class EventParser:
     """
     Split an event stream, however it is cut, into the data of its events; its lines end with LF,
-    CRLF or CR alone. An event named `error` becomes `{"error":true}`, whatever its data.
+    CRLF or CR alone. The data of an event named `error` becomes a list in an `error` member.
     """
 
     def __init__(self) -> None:
@@ -34,7 +39,7 @@ class EventParser:
             received = received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         complete, end, self._rest = (self._rest + received).rpartition(b"\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
-            raise errors.GroqReplyBroken
+            raise errors.GroqReplyBroken(cause=f"an event over {MAX_EVENT_BYTES} bytes")
         return self._events(complete) if end else []
 
     def _events(self, block: bytes) -> list[bytes]:
@@ -51,9 +56,13 @@ class EventParser:
 
 def _data(event: bytes) -> bytes:
     fields = [line.partition(b":")[::2] for line in event.split(b"\n")]
+    data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field == b"data")
     if dict(fields).get(b"event", b"").removeprefix(b" ") == b"error":
-        return b'{"error":true}'
-    return b"\n".join(value.removeprefix(b" ") for field, value in fields if field == b"data")
+        with suppress(*MALFORMED):
+            msgspec.json.decode(data)
+            return b'{"error":[%b]}' % data
+        return b'{"error":[%b]}' % msgspec.json.encode(data.decode(errors="replace"))
+    return data
 
 
 class BodyParser(EventParser):
@@ -65,73 +74,99 @@ class BodyParser(EventParser):
 
 
 class ReplyParser:
-    """Read the bytes of a reply, however they are cut, and decide how it ends."""
+    """Read the bytes of a reply, however they are cut, and note how it ends."""
 
     def __init__(self, parser: EventParser) -> None:
         self.is_over = False  # no more tokens can come
         self.is_done = False  # `[DONE]` has come
-        self.has_text = False
+        self.has_text = self.is_refusal = False
         self.error: errors.GroqError | None = None  # the tokens before it are good
         self.events = 0  # comments do not count
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # in OpenAI's words; once it is known, nothing fails
         self.usage: Usage | None = None  # the last report
         self.groq_id: str | None = None
-        self._parser, self._size = parser, 0
+        self._parser, self._size, self._odd = parser, 0, ""
+        self._joiner: CharacterJoiner | None = None
 
     def feed(self, received: bytes) -> list[str]:
         """Take one read, or no bytes at their end; return its tokens; raise if it is too large."""
         self._size += len(received)
         if self._size > MAX_REPLY_BYTES:
-            raise errors.GroqReplyBroken
-        events, tokens = self._parser.feed(received), []
+            raise errors.GroqReplyBroken(cause=f"a reply over {MAX_REPLY_BYTES} bytes")
+        events, tokens = self._parser.feed(received), list[str]()
         if not self.is_over:
             tokens = self._tokens(events)
+            is_cut = not (received or self.is_done or self.finish_reason)
+            if is_cut and isinstance(self.error, errors.GroqReplyBroken | None):
+                self.error = errors.GroqReplyCut()
+            self.is_over = self.is_over or not received
+            if self._joiner:
+                tokens = self._joiner.join(tokens, is_last=self.is_over or bool(self.finish_reason))
             self.has_text = self.has_text or bool(tokens)
-            if not (received or self.is_done or isinstance(self.error, errors.GroqFailed)):
-                self.error = None if self.finish_reason else errors.GroqReplyCut()
-        self.is_over = self.is_over or not received
         return tokens
 
     def check(self, max_tokens: int) -> None:
         """Raise `GroqError` unless what came until it was over, or finished, is a reply."""
         if self.error:
             raise self.error
-        if not self.has_text and self.finish_reason == "length":
-            raise errors.GroqReplyEmpty(f"used up its {max_tokens} tokens before it wrote any text")
         if not self.has_text:
-            raise errors.GroqReplyEmpty("sent an empty reply")
+            what = EMPTY.get(self.finish_reason or "", "sent an empty reply")
+            raise errors.GroqReplyEmpty(what.format(max_tokens), cause=self._odd)
 
     def _tokens(self, events: list[bytes]) -> list[str]:
         self.events += len(events)
         if DONE in events:
             self.is_done = self.is_over = True
             events = events[: events.index(DONE)]
-        chunks, tokens = decode_chunks(events), []
-        for chunk in chunks:
+        tokens = []
+        for event, chunk in zip(events, decode_chunks(events) or self._decode(events)):  # noqa: B905
             if chunk.choices:
                 choice = chunk.choices[0]
                 delta = choice.delta or choice.message
                 if delta and delta.content:
                     tokens.append(delta.content)
-                self.finish_reason = choice.finish_reason or self.finish_reason
-            if chunk.usage is not NULL or chunk.x_groq is not None or chunk.error is not NULL:
-                self._note(chunk)
-                if self.error:
-                    return tokens
-        if len(chunks) < len(events):
-            self.is_over = True
-            if events[len(chunks)].strip() == DONE:
-                self.is_done = True
-            else:
-                self.error = errors.GroqReplyBroken()
+                elif delta and delta.refusal:
+                    tokens.append(delta.refusal)
+                    self.is_refusal = True
+                if choice.finish_reason:
+                    self._finish(choice.finish_reason)
+            if not chunk.choices or chunk.usage or chunk.x_groq or chunk.error or choice.error:
+                self._note(chunk, event)
+            if self.error:
+                break
         return tokens
 
-    def _note(self, chunk: Chunk) -> None:
+    def _decode(self, events: list[bytes]) -> Iterator[Chunk]:
+        """Decode events one by one, as far as they are chunks."""
+        self._joiner = self._joiner or CharacterJoiner()
+        for event in events:
+            if event.strip() == DONE:
+                self.is_done = self.is_over = True
+                return
+            try:
+                chunk, odd = decode_leniently(event)
+            except errors.GroqReplyBroken as error:
+                return self._fail(error)
+            self._odd = self._odd or odd
+            yield chunk
+
+    def _finish(self, reason: str) -> None:
+        if known := FINISH_REASONS.get(reason.lower()):
+            self.finish_reason = known
+        else:
+            self._fail(failure(200, reason))
+
+    def _note(self, chunk: Chunk, event: bytes) -> None:
         extra = chunk.x_groq or GroqExtra()
         self.groq_id = extra.id or self.groq_id
-        self.usage = decode_usage(chunk.usage) or decode_usage(extra.usage) or self.usage
-        if chunk.error != NULL or extra.error != NULL:
-            self.error, self.is_over = errors.GroqFailed(), True
+        self.usage = read_usage(chunk.usage) or read_usage(extra.usage) or self.usage
+        is_suspect = not chunk.choices or chunk.error or extra.error or chunk.choices[0].error
+        if is_suspect and (error := error_in(load(event))):
+            self._fail(failure(200, error))
+
+    def _fail(self, error: errors.GroqError) -> None:
+        self.is_over = True
+        self.error = None if self.finish_reason else error
 
 
 PARSERS = {"text/event-stream": EventParser, "application/json": BodyParser}
@@ -142,6 +177,8 @@ def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     asked_for = "text/event-stream" if is_stream else "application/json"
     media_type = (headers.get("content-type") or asked_for).partition(";")[0].strip().lower()
     parser = PARSERS.get(media_type)
-    if parser is None or headers.get("content-encoding", "identity").lower() != "identity":
-        raise errors.GroqReplyBroken
+    encoding = headers.get("content-encoding") or "identity"
+    if parser is None or encoding.lower() != "identity":
+        what = f"content type {media_type:.100}, encoding {encoding:.100}"
+        raise errors.GroqReplyBroken(cause=what)
     return ReplyParser(parser())

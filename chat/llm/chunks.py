@@ -1,0 +1,88 @@
+"""
+Events to chunks. What the strict decoder refuses is read leniently: members of odd types, content
+as a list of parts, halves of characters, NaN.
+"""
+
+import codecs
+import json
+import re
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import msgspec
+
+from chat.errors import GroqReplyBroken
+from chat.llm.types import Chunk
+
+MALFORMED = (ValueError, RecursionError)  # raised by decoding
+MAX_ODD = 100  # members of a chunk that are passed over
+# Halves of surrogate pairs; those that are left out here stand for bytes that are not UTF-8.
+LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+REFUSAL = re.compile(r"got `(\w+)`(?: - at `\$\.?(.+)`)?")  # of msgspec's, with kind and path
+_CHUNK = msgspec.json.Decoder(Chunk)
+_CHUNKS = msgspec.json.Decoder(list[Chunk])
+
+
+def decode_chunks(events: list[bytes]) -> list[Chunk] | None:
+    """Decode the data of some events in one call; None if the strict decoder refuses them."""
+    try:
+        chunks = _CHUNKS.decode(b"[" + b",".join(events) + b"]")
+    except MALFORMED:
+        return None
+    return chunks if len(chunks) == len(events) else None  # two objects in one event
+
+
+def load(event: bytes) -> Any:
+    """Decode any event, with surrogates for what is not UTF-8; raise if it is not JSON."""
+    try:
+        return json.loads(event.decode(errors="surrogateescape"))
+    except MALFORMED:
+        raise GroqReplyBroken(cause="an event that is not JSON") from None
+
+
+def decode_leniently(event: bytes) -> tuple[Chunk, str]:
+    """
+    Decode one event without what cannot be read; return also the path and kind of that. Raise
+    `GroqReplyBroken` if it is no chunk at all.
+    """
+    loaded, odd = load(event), ""
+    for _ in range(MAX_ODD if isinstance(loaded, dict) else 0):
+        try:
+            return msgspec.convert(loaded, Chunk), odd
+        except msgspec.ValidationError as error:
+            kind, path = REFUSAL.findall(str(error))[0]
+        except UnicodeEncodeError:  # half of a character in a string that should be an object
+            break
+        *way, last = [int(n) if n.isdigit() else n for n in re.findall(r"\w+", path)]
+        holder = reduce(getitem, way, loaded)
+        found = holder.pop(last)
+        if last == "content" and isinstance(found, list):
+            holder[last] = "".join(map(_text, found))
+        else:
+            odd = odd or f"{path}: {kind}"
+    raise GroqReplyBroken(cause=odd or f"an event that is no object: {type(loaded).__name__}")
+
+
+def _text(part: Any) -> str:
+    """Return the text of a part of the content; thinking, for example, has none for the user."""
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return str(part.get("text") or "") if is_text else ""
+
+
+class CharacterJoiner:
+    """Join the halves of characters that were cut between tokens; a half alone becomes U+FFFD."""
+
+    def __init__(self) -> None:
+        self._pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def join(self, tokens: list[str], *, is_last: bool) -> list[str]:
+        joined = [self._join(token) for token in tokens]
+        return [token for token in (*joined, self._join("", is_last=is_last)) if token]
+
+    def _join(self, token: str, *, is_last: bool = False) -> str:
+        text = self._pairs.decode(token.encode("utf-16-le", "surrogatepass"), is_last)
+        return self._bytes.decode(
+            LONE.sub("\ufffd", text).encode(errors="surrogateescape"), is_last
+        )

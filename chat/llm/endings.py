@@ -1,0 +1,89 @@
+"""
+How a reply ends, decided here alone: by an HTTP status, an error inside a 200, an error event, or
+the reason that the model gives. Pure functions and their tables.
+"""
+
+import re
+from typing import Any
+
+from chat.errors import GroqError, GroqFailed, GroqRefused
+
+# The words of OpenAI, and of Anthropic, Bedrock, Cohere, Gemini, Mistral, TGI and Together, in
+# lower case. Any other word says that the reply has failed.
+FINISH_REASONS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(
+        ("content_filter", "content_filtered", "safety", "recitation"), "content_filter"
+    ),
+    **dict.fromkeys(("blocklist", "prohibited_content", "spii", "sensitive"), "content_filter"),
+    **dict.fromkeys(("refusal", "guardrail_intervened"), "content_filter"),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call", "tool_use"), "tool_calls"),
+}
+# What a reply without text is told as, by its finish reason.
+EMPTY = {
+    "length": "used up its {} tokens before it wrote any text",
+    "content_filter": "wrote no text that its content filter passed",
+    "tool_calls": "asked for a tool, and wrote no text",
+}
+# What the `code`, `type` or `status` of an error says, or its message if it has none of them; the
+# first row that is found holds. `invalid_request_error` stands beside more precise codes.
+STATUSES = {
+    429: r"rate.?limit|quota|too.?many.?requests|resource.?exhausted|throttl",
+    404: r"not.?found|decommissioned|no.?such.?model|model.{0,9}(not.?active|unavailable)",
+    401: r"api.?key|authentication|unauth(orized|enticated)",
+    403: r"permission|forbidden|access.?denied",
+    503: r"overload|unavailable|capacity|insufficient.?system.?resource",
+    422: r"unprocessable",
+    400: r"invalid.?(request|argument|parameter|prompt)|bad.?request|validation",
+}
+TOO_LARGE = re.compile(
+    r"context.{0,20}(length|size|window)|reduce the length|max(imum)?.model.len"
+    r"|(prompt|input|request|messages?)( is| are)? too (long|large)"
+    r"|must have less than \d+ tokens|(request|payload|entity|content).too.large",
+    re.I,
+)
+
+
+def failure(status: int, said: Any, retry_after: int = 0) -> GroqError:
+    """Return what an error means: by the status of its response or, in a 200, by what it says."""
+    members = _members(said)
+    told = [str(members[name]) for name in ("code", "status", "type") if members.get(name)]
+    message = str(members.get("message", ""))[:10_000]
+    is_in_200, words = status == 200, " ".join(told) or message
+    if is_in_200:
+        status = next((int(each) for each in told if re.fullmatch("[45]\\d\\d", each)), 500)
+    if status in (400, 413, 422, 500) and TOO_LARGE.search(f"{words} {message}"):
+        return GroqRefused(413 if status == 500 else status, is_too_large=True)
+    if status in (400, 500):  # servers use them for everything
+        matching = (each for each, row in STATUSES.items() if re.search(row, words, re.I))
+        status = next(matching, status)
+    if is_in_200 and status >= 500:
+        return GroqFailed()
+    return GroqRefused(status, retry_after, is_too_large=status == 413)
+
+
+def error_in(event: dict[str, Any]) -> Any:
+    """Return the error that an event tells of; a false value if it tells of none."""
+    extra, choices = event.get("x_groq"), event.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    for holder in (event, extra, choice):
+        error = holder.get("error") if isinstance(holder, dict) else None
+        if any(error.values()) if isinstance(error, dict) else error:
+            return error if holder is choice else event
+    says_so = "error" in (event.get("object"), event.get("type"), event.get("status"))
+    has_message = event.get("detail") or (event.get("message") and event.get("code"))
+    return event if not choice and (says_so or has_message) else None
+
+
+def _members(said: Any) -> dict[str, Any]:
+    """Return the members of an error, whatever it is wrapped in; the innermost go first."""
+    members: dict[str, Any] = {}
+    for _ in range(5):
+        if isinstance(said, list):
+            said = said[0] if said else None
+        if not isinstance(said, dict):
+            break
+        members |= {name: value for name, value in said.items() if value}
+        said = said.get("error") or said.get("detail") or said.get("x_groq")
+    return members | {"message": said} if isinstance(said, str) else members
