@@ -1,12 +1,13 @@
 """Routes, lifespan and `app`, which is made when it is first asked for: importing does nothing."""
 
+import errno
 import gc
 import logging
 import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def create_app(settings: config.Settings) -> Starlette:
-    allowed, proxies = map(config.parts, (settings.allowed_origins, settings.trusted_proxies))
+    allowed = [origins.plain(each) for each in config.parts(settings.allowed_origins)]
+    proxies = config.parts(settings.trusted_proxies)
     layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)] * bool(proxies)
     layers.append(Middleware(middleware.RequestMiddleware))
     layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))
@@ -161,15 +163,26 @@ def __getattr__(name: str) -> Starlette:
     return app
 
 
+def serve_on(host: str, name: str, port: int, serve: Callable[..., Any]) -> list[Any]:
+    """Serve on each address of a host that this machine has; on all of both families by default."""
+    servers, found, kind = [], list[Any](), socket.SOCK_STREAM
+    with suppress(socket.gaierror, UnicodeError):  # there may be no such name
+        found = socket.getaddrinfo(host or None, port, type=kind, flags=socket.AI_PASSIVE)
+    for family, *_, address in dict.fromkeys(found):
+        try:
+            servers.append(serve(address, family=family))
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                what = f"{name} {port} cannot be used: {os.strerror(error.errno or 0)}"
+                raise config.SettingsError(what) from None
+    if not servers:
+        raise config.SettingsError(f"HOST {host} cannot be used: this machine has no such address")
+    return servers
+
+
 def listen(settings: config.Settings) -> list[socket.socket]:
-    """Listen on all addresses; the kernel cuts a client that does not read its response."""
-    try:
-        listeners = [socket.create_server(("", settings.port))]
-    except OSError as error:
-        what = f"PORT {settings.port} cannot be used: {os.strerror(error.errno or 0)}"
-        raise config.SettingsError(what) from None
-    with suppress(OSError):  # this machine may have no IPv6
-        listeners.append(socket.create_server(("", settings.port), family=socket.AF_INET6))
+    """Listen on `HOST`; the kernel cuts a client that does not read its response."""
+    listeners = serve_on(settings.host, "PORT", settings.port, socket.create_server)
     with suppress(AttributeError):  # Linux only
         for listener in listeners:
             unread = int(settings.send_timeout * 1000)
@@ -178,12 +191,9 @@ def listen(settings: config.Settings) -> list[socket.socket]:
 
 
 def serve_metrics(settings: config.Settings) -> None:
-    try:
-        if settings.metrics_port:
-            metrics.serve(settings.metrics_port)
-    except OSError as error:
-        what = f"METRICS_PORT {settings.metrics_port} cannot be used: {error.strerror}"
-        raise config.SettingsError(what) from None
+    host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104
+    if port := settings.metrics_port:
+        serve_on(host, "METRICS_PORT", port, lambda address, **_: metrics.serve(*address[:2]))
 
 
 class Workers(Multiprocess):
@@ -201,8 +211,6 @@ class Workers(Multiprocess):
 def main() -> None:
     settings = config.load_settings()
     listeners = listen(settings)
-    logs.configure(settings.log_level)
-    logging.getLogger("chat").info("listening on port %d", settings.port)
     options = uvicorn.Config(
         create_app(settings) if settings.web_concurrency == 1 else "server:app",
         log_config=None,
@@ -210,17 +218,20 @@ def main() -> None:
         http=protocols.HTTPProtocol,
         ws=protocols.WebSocketProtocol,
         ws_max_size=settings.max_body_bytes,
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # or a fraction
         ws_per_message_deflate=False,  # a token is too short to gain from it
         workers=settings.web_concurrency,
     )
+    if settings.web_concurrency > 1:
+        directory = tempfile.TemporaryDirectory(prefix="chat-metrics-")  # removed at the end
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory.name  # inherited by the workers
+    serve_metrics(settings)
+    logs.configure(settings.log_level)
+    logging.getLogger("chat").info("listening on %s", [s.getsockname()[:2] for s in listeners])
     if settings.web_concurrency == 1:
-        serve_metrics(settings)
         return uvicorn.Server(options).run(listeners)
-    with tempfile.TemporaryDirectory(prefix="chat-metrics-") as directory:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory  # inherited by the workers
-        serve_metrics(settings)
-        workers = Workers(options, listeners)
-        workers.run()
+    workers = Workers(options, listeners)
+    workers.run()
     if any(worker.exitcode == STARTUP_FAILURE for worker in workers.processes):
         sys.exit(STARTUP_FAILURE)
 

@@ -3,14 +3,15 @@ Several replicas behind a load balancer, while one is killed and another is rest
 
     python -m bench.replicas [--seconds 30] [--callers 60]
 
-Three replicas share their histories through Redis. haproxy (a Debian package) checks `/ready` and
-picks a replica at random for each chat; a response header names it. The run fails unless every
-chat succeeded that the kill did not cut off, and every conversation is intact.
+Three replicas share their histories through Redis. haproxy (a Debian package) is configured as in
+docs/proxy.md, and names the replica in a response header. The run fails unless every chat succeeded
+that the kill did not cut off, and every conversation is intact.
 """
 
 import argparse
 import asyncio
 import random
+import re
 import shutil
 import sys
 import time
@@ -26,27 +27,11 @@ from bench.soak_callers import Chat, Received, Seen
 from bench.soak_checks import broken_conversations
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Caller, Process, RedisServer, Service, free_port, wait_until
+from tests.test_proxy import configuration
 
 REPLICAS = 3
 REPLICA = "x-replica"  # the header in which haproxy names the replica, in its own errors too
 MAX_EXCHANGES = 1000
-CONFIGURATION = """
-defaults
-    mode http
-    option redispatch
-    timeout connect 2s
-    timeout client 60s
-    timeout server 60s
-frontend chat
-    bind 127.0.0.1:{port}
-    default_backend replicas
-    http-after-response set-header {replica} %s
-backend replicas
-    balance random
-    option httpchk GET /ready
-    default-server check inter 200ms fall 1 rise 1
-{servers}
-"""
 
 
 class Kill:
@@ -96,7 +81,7 @@ class Simulation:
             "HISTORY_STORE": "redis",
             "REDIS_ADDR": self.redis.address,
             "MAX_EXCHANGES": MAX_EXCHANGES,
-            "DRAIN_DELAY": 1,
+            "DRAIN_DELAY": 2,
         }
         self.replicas = [stack.enter_context(Service(**settings)) for _ in range(REPLICAS)]
         self.front = Caller(free_port())
@@ -109,7 +94,9 @@ class Simulation:
     def _balance(self, stack: ExitStack) -> None:
         directory = Path(stack.enter_context(TemporaryDirectory()))
         servers = "\n".join(f"    server {name_of(r)} 127.0.0.1:{r.port}" for r in self.replicas)
-        text = CONFIGURATION.format(port=self.front.port, replica=REPLICA, servers=servers)
+        bind = f"127.0.0.1:{self.front.port}\n    http-after-response set-header {REPLICA} %s\n"
+        text = re.sub(r":80 .*\n", bind, configuration("haproxy").replace("gt 100 ", "gt 10000 "))
+        text = re.sub(r"\n    server (?s:.*)", f"\n{servers}\n", text)
         (directory / "haproxy.cfg").write_text(text)
         haproxy = shutil.which("haproxy") or "/usr/sbin/haproxy"
         command = [haproxy, "-db", "-f", "haproxy.cfg"]

@@ -1,11 +1,13 @@
 """Settings: every variable that the service reads, once, in server.py."""
 
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import msgspec
 from msgspec import Meta
@@ -23,27 +25,30 @@ REDIS = rf"|{HOST}:\d{{1,5}}|{URL}|{CLUSTER}"
 
 
 def text(pattern: str, description: str) -> Meta:
-    return Meta(pattern=f"^({pattern})$", description=description)
+    return Meta(pattern=f"^(?![\"'])({pattern})(?<![\"'])$", description=description)
 
 
 Text = Annotated[str, Meta(description="text in UTF-8")]
-Key = Annotated[str, text("[!-~]+", "an API key from https://console.groq.com/keys")]
+Key = Annotated[str, text("[!-~]+", "an API key from https://console.groq.com/keys, unquoted")]
 BaseURL = Annotated[str, text(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "an http:// or https:// URL")]
 RATE = r"|[1-9]\d{0,5}/(second|minute|hour|day)"
 Rate = Annotated[str, text(RATE, "a rate such as 30/minute, or empty")]
 Networks = Annotated[str, Meta(description="networks such as 10.0.0.0/8, separated by commas")]
-ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+)?\s*(,|$))*"
+ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+/?)?\s*(,|$))*"
 Origins = Annotated[str, text(ORIGINS, "origins such as https://a.example, separated by commas")]
 RedisAddress = Annotated[str, text(REDIS, "host:port, a redis:// URL, or empty for no Redis")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Timeout = Annotated[float, Meta(ge=0.01, le=86_400)]
 Delay = Annotated[float, Meta(ge=0, le=3600)]
+QUOTED = re.compile(r"""(?s)^(["'])((?:(?!\1).)*)\1$""")  # `docker run --env-file` leaves quotes
+BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Each field is the environment variable of its name in capitals; together they make sense."""
 
     groq_api_key: Key
+    host: Annotated[str, text(r"[\w.:%-]*", "an address, a name such as localhost, or empty")] = ""
     port: Annotated[int, Meta(ge=1, le=65_535)] = 8000
     groq_base_url: BaseURL = "https://api.groq.com/openai/v1"
     groq_connect_timeout: Timeout = 5.0
@@ -74,6 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     send_timeout: Timeout = 60.0
     idle_timeout: Timeout = 600.0
     keep_alive_interval: Timeout = 15.0
+    keep_alive_timeout: Timeout = 75.0
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
     web_concurrency: Annotated[int, Meta(ge=1, le=1000)] = 1
@@ -118,16 +124,20 @@ def load_settings(
         raise SettingsError(f"{env_file} must be readable text in UTF-8") from None
     values = {}
     for field, hint in get_type_hints(Settings, include_extras=True).items():
-        given: str | None = config(field.upper(), default="" if field == "groq_api_key" else None)
-        if given is not None:
-            values[field] = _parse(field, given.strip(), hint)
-    return Settings(**values)
+        given: str | None = config(field.upper(), default=None)
+        given = given and QUOTED.sub(r"\2", given.strip())
+        if given or field == "groq_api_key" or (given == "" and field == "redis_addr"):
+            values[field] = _parse(field, given or "", hint)  # for the others, empty is unset
+    settings = Settings(**values)
+    proxy_for(settings.groq_base_url)  # one that cannot be used stops the start
+    return settings
 
 
 def _parse(field: str, given: str, hint: Any) -> Any:
     try:
         given.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
         is_lowered = field == "allowed_origins" or get_origin(hint) is Literal
+        given = BOOLEANS.get(given.lower(), given) if hint is bool else given
         value = msgspec.convert(given.lower() if is_lowered else given, hint, strict=False)
         # What no pattern finds, and would fail later, in each request:
         for network in parts(value) if field == "trusted_proxies" else ():
@@ -156,3 +166,16 @@ def _expectation(hint: Any) -> str:
     kind, meta = get_args(hint)
     what = "a whole number" if kind is int else "a number of seconds"
     return str(meta.description or f"{what} from {meta.ge:,} to {meta.le:,}")
+
+
+def proxy_for(url: str) -> str | None:
+    """Return the proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY name for a URL."""
+    address, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(address.netloc):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        what = f"{address.scheme.upper()}_PROXY must be an http:// or https:// URL"
+        raise SettingsError(what)
+    return proxy

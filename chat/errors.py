@@ -2,10 +2,9 @@
 Everything that can go wrong in a chat, with its HTTP status and the code that closes a WebSocket.
 
 ChatError
-├── about the request    BadRequest 400, MessageTooLong 400, MissingMessages 400,
-│                        BinaryMessage /1003, OriginNotAllowed 403/1008,
-│                        ConversationNotFound 404, BodyTooSlow 408, BodyTooLarge 413/1009,
-│                        BodyCompressed 415
+├── about the request    BadRequest 400, MissingMessages 400, BinaryMessage /1003,
+│                        OriginNotAllowed 403/1008, ConversationNotFound 404, BodyTooSlow 408,
+│                        BodyTooLarge 413/1009, BodyCompressed 415
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
@@ -40,10 +39,6 @@ class BadRequest(ChatError):
 
 class MissingMessages(BadRequest):
     text = 'messages is missing; send {{"messages": [{{"role": "user", "content": "..."}}]}}'
-
-
-class MessageTooLong(BadRequest):
-    text = "the message is too long for the model; send a shorter one"
 
 
 class BinaryMessage(BadRequest):

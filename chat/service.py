@@ -21,6 +21,8 @@ from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
 logger = logging.getLogger(__name__)
 
+TOO_LONG = "the message is too long for the model; send a shorter one"
+
 
 @dataclass(slots=True)
 class Turn:
@@ -193,7 +195,7 @@ class ChatService:
                 if not error.is_too_large:
                     raise
                 if not turn.history:
-                    raise errors.MessageTooLong from error
+                    raise errors.BadRequest(TOO_LONG) from error
                 refused = turn.known_tokens + turn.new_count.tokens
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()

@@ -32,8 +32,7 @@ class TokenCounts:
     """The counts of one model's messages."""
 
     def __init__(self, model: str, redis: RedisClient | None) -> None:
-        self._model = model
-        self._redis = redis
+        self._model, self._redis = model, redis
         self._known: OrderedDict[str, int] = OrderedDict()
         self._to_share: dict[str, int] = {}
 

@@ -7,6 +7,7 @@ import pytest
 from chat.config import Settings, SettingsError, load_settings
 
 KEY = {"GROQ_API_KEY": "gsk_key"}
+API_KEY = "an API key from https://console.groq.com/keys"
 URL = "an http:// or https:// URL"
 REDIS = "host:port, a redis:// URL, or empty for no Redis"
 RATE = "a rate such as 30/minute, or empty"
@@ -63,7 +64,12 @@ def test_an_env_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("TRUSTED_PROXIES", "10.0.0.1/8", "networks such as 10.0.0.0/8, separated by commas"),
         ("TRUSTED_PROXIES", "proxy", "networks such as 10.0.0.0/8, separated by commas"),
         ("ALLOWED_ORIGINS", "example.com", f"{ORIGINS}, not 'example.com'"),
-        ("ALLOWED_ORIGINS", "https://example.com/", ORIGINS),
+        ("ALLOWED_ORIGINS", "https://example.com/a", ORIGINS),
+        ("HOST", "[::1]", "an address, a name such as localhost, or empty, not '[::1]'"),
+        ("GROQ_API_KEY", '"gsk_key', f"{API_KEY}, unquoted, not the given value"),
+        ("GROQ_API_KEY", "gsk_key'", f"{API_KEY}, unquoted, not the given value"),
+        ("GROQ_BASE_URL", 'http://localhost/v1"', f"{URL}, not 'http://localhost/v1\"'"),
+        ("MODEL", "'llama", 'the name of a model, not "\'llama"'),
         ("MAX_TOKENS", "131072", "less than CONTEXT_TOKENS (131072), not 131072"),
     ],
 )
@@ -86,10 +92,11 @@ def test_a_key_is_required_and_never_shown(environ: dict[str, str]) -> None:
 GOOD = {
     "REDIS_ADDR": "|redis:6379|[::1]:6379|redis://redis|redis://:password@redis:6379/2"
     "|rediss://user:p%40ss@[::1]/0|redis+cluster://a,b:6380|rediss+cluster://user:password@a:6379",
+    "HOST": "|127.0.0.1|::1|fe80::1%eth0|localhost",
     "GROQ_BASE_URL": "http://[::1]:11434/v1|http://ollama:11434",
     "RATE_LIMIT": "|1/second|999999/day",
     "TRUSTED_PROXIES": "|10.0.0.1|10.0.0.0/8, 2001:db8::/32",
-    "ALLOWED_ORIGINS": "|*|null, https://a.example|https://a.example:8443,http://localhost",
+    "ALLOWED_ORIGINS": "|*|null, https://a.example/|https://a.example:8443,http://localhost",
 }
 
 
@@ -111,3 +118,21 @@ def test_settings_that_do_not_go_together_are_told() -> None:
     }.items():
         with pytest.raises(SettingsError, match=told):
             load(environ)
+
+
+def test_a_value_is_taken_as_it_is_meant() -> None:
+    for name, given, meant in (
+        ("LOG_LEVEL", "INFO", "info"),
+        ("CHAT_PAGE", "no", False),
+        ("CHAT_PAGE", "'Off'", False),
+        ("SHARED_CONVERSATION", "ON", True),
+        ("GROQ_API_KEY", '"gsk_x"', "gsk_x"),
+        ("PORT", "'9000'", 9000),
+        ("SYSTEM_PROMPT", '"Be kind."', "Be kind."),
+        ("SYSTEM_PROMPT", '"Yes" or "no"', '"Yes" or "no"'),
+        ("SYSTEM_PROMPT", "no", "no"),
+        ("MAX_TOKENS", "", 1024),
+        ("MODEL", ' "" ', "openai/gpt-oss-20b"),
+        ("REDIS_ADDR", "", ""),
+    ):
+        assert getattr(load({name: given}), name.lower()) == meant

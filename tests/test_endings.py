@@ -82,7 +82,8 @@ def test_a_status_means_itself_and_a_400_or_500_what_it_says() -> None:
 
 
 def test_only_an_event_that_tells_of_an_error_has_one() -> None:
-    for nothing in ("", {}, False, None, [], 0, {"message": "", "code": None}):
+    nothings: list[Any] = ["", {}, False, None, [], 0, {"message": "", "code": None}]
+    for nothing in nothings:
         for event in (
             {"error": nothing},
             {"x_groq": {"error": nothing}},

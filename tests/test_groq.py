@@ -1,6 +1,5 @@
 """How Groq is asked, which responses are understood, and how long the service waits for them."""
 
-import asyncio
 import socket
 import time
 from contextlib import ExitStack
@@ -8,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from chat.errors import GroqTimeout
-from chat.llm.silence import SilenceClock, Watched
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import KEY, Service, free_port
@@ -142,6 +139,11 @@ def test_only_silence_of_groqs_is_limited(start_service: StartService, groq: Fak
         assert next(events).data == token
         time.sleep(1)  # a client that reads slowly
         assert [event.data for event in events] == [token] * 199 + ["[DONE]"]
+    groq.on("thinks", Script(["t"], comments=0.05))
+    groq.on("stalls", Script(["t", "t"], hold_before_token=1))
+    for silent in ("thinks", "stalls"):
+        assert "did not respond in time" in service.chat(silent, stream=True).text
+        assert groq.asked(silent)[0].is_closed_soon()
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -153,32 +155,6 @@ def test_the_end_of_a_reply_does_not_wait_for_groq_to_end_the_response(
     assert service.tokens("question") == ["a", "b"]
     assert time.monotonic() - started < (0.9 if done else 3)
     assert groq.asked("question")[0].is_closed_soon()
-
-
-async def watch(*, is_reading: bool, progress: int, is_cancelled: bool = False) -> None:
-    """Wait for twice the limit on silence."""
-    limit, task = 0.2, asyncio.current_task()
-    clock = SilenceClock(limit)
-    running = asyncio.create_task(clock.run())
-    with Watched(clock) as silence:
-        silence.is_reading = is_reading
-        try:
-            for _ in range(8):
-                silence.events += progress
-                await asyncio.sleep(limit / 4)
-        finally:
-            running.cancel()
-            if is_cancelled and task:
-                task.cancel()
-
-
-def test_only_a_stream_that_waits_for_groq_without_progress_is_silent() -> None:
-    asyncio.run(watch(is_reading=True, progress=1))
-    asyncio.run(watch(is_reading=False, progress=0))
-    with pytest.raises(GroqTimeout):
-        asyncio.run(watch(is_reading=True, progress=0))
-    with pytest.raises(asyncio.CancelledError):  # by somebody else, too
-        asyncio.run(watch(is_reading=True, progress=0, is_cancelled=True))
 
 
 def test_groq_is_reached_through_the_proxy_of_the_environment(

@@ -46,9 +46,12 @@ def test_every_manifest_is_valid_in_the_oldest_and_the_newest_kubernetes() -> No
             assert validate(manifest, version, strict=True) == version
 
 
-def test_the_kustomization_lists_every_manifest_but_the_example_and_sets_the_image() -> None:
+def test_the_kustomization_names_every_manifest_but_the_example_and_sets_the_image() -> None:
     files = {path.name for path in FOLDER.glob("*.yaml")}
-    assert set(KUSTOMIZATION["resources"]) == files - {"kustomization.yaml", "secret.example.yaml"}
+    optional = set(re.findall(r"# - (\S+)", (FOLDER / "kustomization.yaml").read_text()))
+    assert optional == {"ingress.yaml"}
+    listed = {*KUSTOMIZATION["resources"], *optional}
+    assert listed == files - {"kustomization.yaml", "secret.example.yaml"}
     assert "deploy/kubernetes/secret.yaml" in (ROOT / ".gitignore").read_text().splitlines()
     (image,) = KUSTOMIZATION["images"]
     assert image["name"] == CHAT["image"].rpartition(":")[0]
@@ -146,6 +149,21 @@ def test_every_container_has_the_least_privileges_and_resource_limits() -> None:
             assert "memory" in container["resources"]["limits"], name
             assert {mount["name"] for mount in container["volumeMounts"]} == volumes, name
     assert f"\nUSER {POD['securityContext']['runAsUser']}\n" in DOCKERFILE
+
+
+def test_the_ingress_has_the_annotations_of_the_document_and_leads_to_the_service() -> None:
+    ingress, service = BY_NAME["Ingress/chat"], BY_NAME["Service/chat"]
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/proxy.md").read_text(), re.S)
+    annotations = ingress["metadata"]["annotations"]
+    assert annotations == yaml.safe_load(shown)
+    patience = float(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"])
+    assert patience > Settings(groq_api_key="key").reply_timeout
+    (backend,) = values_of("backend.service", ingress)
+    (port,) = service["spec"]["ports"]
+    assert backend == {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
+    assert {rule["host"] for rule in ingress["spec"]["rules"]} == {
+        host for each in ingress["spec"]["tls"] for host in each["hosts"]
+    }
 
 
 def test_the_service_finds_the_redis_of_the_manifests() -> None:

@@ -142,9 +142,9 @@ def test_a_client_over_its_limit_gets_a_429_that_says_when_to_come_back(
 def test_the_limit_holds_on_a_websocket_and_for_bad_messages(
     start_service: StartService, groq: FakeGroq
 ) -> None:
-    service, ends = start_service(RATE_LIMIT="2/hour"), []
+    service, ends, bad = start_service(RATE_LIMIT="2/hour"), [], '{"messages": []}'
     with service.socket() as socket:
-        for sent in (json.dumps(body("hello")), "{}", "{}", json.dumps(body("again"))):
+        for sent in (json.dumps(body("hello")), bad, bad, json.dumps(body("again"))):
             socket.send(sent)
             while "token" in (message := json.loads(socket.recv(5))):
                 pass

@@ -18,6 +18,7 @@ from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import KEY, ROOT, Service, UvicornService, body, environment, wait_until
 
+PROBES = ("/health", "/ready", "/metrics")
 COUNT = 3 * logs.MAX_QUEUED
 CHATTERBOX = f"""
 import logging, sys
@@ -56,6 +57,7 @@ def test_a_chat_is_one_line_with_everything_about_it(service: Service, groq: Fak
             "client": "127.0.0.1",
             "stream_type": stream_type,
             "outcome": "completed",
+            "finish_reason": "stop",
             "prompt_tokens": 17,
             "completion_tokens": 3,
             "model": "openai/gpt-oss-20b",
@@ -71,6 +73,25 @@ def test_a_failed_chat_is_one_warning_that_says_why(service: Service, groq: Fake
     assert "check GROQ_API_KEY" in str(hint["message"])
     assert (line["level"], line["outcome"]) == ("WARNING", "failed")
     assert (line["error"], line["upstream_status"]) == ("refused", 401)
+    groq.on("cut", Script(["a"], cut_before_token=1))
+    service.chat("cut", stream=True)
+    with service.socket() as socket:
+        socket.send(json.dumps(body("cut")))
+        for stream_type, status in (("sse", 200), ("websocket", 502)):
+            line = service.log_line(stream_type=stream_type, status=status, error="cut")
+            assert (line["level"], line["outcome"]) == ("WARNING", "failed")
+
+
+def test_a_probe_that_succeeds_is_logged_at_debug_alone(start_service: StartService) -> None:
+    for level in ("debug", "info"):
+        service = start_service(LOG_LEVEL=level)
+        for path in ("/health", "/ready", "/metrics", "/nowhere"):
+            service.http.get(path)
+        service.http.post("/health")
+        service.log_line(status=405, endpoint="/health", level="INFO")
+        statuses = [line for line in service.log_lines() if line.get("status") == 200]
+        levels = {line["level"] for line in statuses if line["endpoint"] in PROBES}
+        assert levels == ({"DEBUG"} if level == "debug" else set())
 
 
 def test_a_bad_request_is_one_line_and_an_endpoint_is_never_the_path(
@@ -129,7 +150,7 @@ def test_only_lines_of_the_level_and_above_are_logged(start_service: StartServic
 
 def test_a_clients_line_break_makes_no_line(service: Service) -> None:
     service.http.get("/%0a%7B%22level%22%3A1%7D", headers={"x-request-id": 'a","level":"x'})
-    lines_for(service, service.http.get("/health").headers["x-request-id"])
+    lines_for(service, service.http.get("/nowhere").headers["x-request-id"])
     assert all(isinstance(line["level"], str) for line in service.log_lines())
     assert not any('"' in line.get("request_id", "") for line in service.log_lines())
 
@@ -162,7 +183,7 @@ def test_the_oldest_lines_that_nobody_reads_are_dropped_rather_than_waited_for()
 def test_a_stdout_that_nobody_reads_holds_up_no_request_and_not_the_end(
     start_service: StartService, groq: FakeGroq
 ) -> None:
-    service = start_service()
+    service = start_service(LOG_LEVEL="debug")
     service.process.may_read.clear()
     try:
         for number in range(500):  # more than a pipe's 64 KiB
@@ -194,7 +215,7 @@ def logging_to(file: Path, service: Service) -> Iterator[subprocess.Popen[bytes]
 def test_a_full_disk_holds_up_nothing_and_lines_are_written_again_once_it_is_not(
     groq: FakeGroq, tmp_path: Path
 ) -> None:
-    service, file = Service(GROQ_BASE_URL=groq.url), tmp_path / "log"
+    service, file = Service(GROQ_BASE_URL=groq.url, LOG_LEVEL="debug"), tmp_path / "log"
     with service.http, logging_to(file, service) as process:
         wait_until(lambda: file.exists() and file.stat().st_size > 0)
         full = (file.stat().st_size + 10_000, resource.RLIM_INFINITY)

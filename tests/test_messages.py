@@ -66,7 +66,7 @@ def one(content: str) -> str:
 
 
 def test_each_error_says_what_is_wrong_in_the_words_of_json() -> None:
-    for received, error in {
+    cases: dict[str | bytes, str] = {
         b"": "the body is empty; send {",
         b" \n": "the body is empty; send {",
         b'{"prompt":"Hi"}': "messages is missing; send {",
@@ -86,7 +86,8 @@ def test_each_error_says_what_is_wrong_in_the_words_of_json() -> None:
         one('["Hi"]'): PART,
         one('[{"type":"text","text":5}]'): PART,
         one("[]"): "messages[0].content must not be empty",
-    }.items():
+    }
+    for received, error in cases.items():
         with pytest.raises(BadRequest) as raised:
             parse_request(received)
         assert str(raised.value).startswith(error), received

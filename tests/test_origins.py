@@ -19,7 +19,7 @@ NOT_ALLOWED = "this origin is not allowed to use the service"
 @pytest.fixture(scope="module")
 def shared(module_groq: FakeGroq) -> Iterator[Service]:
     """A service that pages of two other origins may use."""
-    origins = f"{FOREIGN}, {LOCAL}"
+    origins = f"{FOREIGN}:443/, {LOCAL}/"
     with Service(GROQ_BASE_URL=module_groq.url, ALLOWED_ORIGINS=origins) as running:
         yield running
 
@@ -45,7 +45,7 @@ def test_a_page_of_another_origin_is_refused_before_groq_is_asked(
     with service.socket(origin=FOREIGN) as socket:
         assert error_and_code(socket) == (NOT_ALLOWED, 1008)
     assert groq.requests == []
-    assert service.log_line(status=403)["error"] == "origin"
+    service.log_line(status=403, error="origin", origin=FOREIGN, host=service.url[7:])
 
 
 def test_a_refused_socket_that_is_gone_at_once_is_no_bug(service: Service) -> None:
@@ -63,6 +63,20 @@ def test_a_page_of_the_same_origin_and_what_is_no_page_may(service: Service) -> 
     assert ask(service, service.url).status_code == 200
     assert service.chat("hello").status_code == 200
     assert is_answered_over_websocket(service, service.url)
+
+
+def test_a_default_port_says_nothing_in_host_and_origin(service: Service) -> None:
+    for host, origin, status in (
+        ("chat.example.com:443", "https://chat.example.com", 200),
+        ("Chat.example.com", "https://chat.example.com:443", 200),
+        ("chat.example.com:80", "http://chat.example.com", 200),
+        ("chat.example.com:8443", "https://chat.example.com", 403),
+        ("chat.example.com", "https://chat.example.com:444", 403),
+        ("chat.example.com", "http://chat.example.com:443", 403),
+        ("", "null", 403),
+    ):
+        answer = service.http.get("/health", headers={"host": host, "origin": origin})
+        assert answer.status_code == status, (host, origin)
 
 
 def test_an_allowed_origin_may_and_is_told_so(shared: Service) -> None:

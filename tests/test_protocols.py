@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.frames import Close, Frame, Opcode
@@ -34,6 +34,10 @@ async def echo(request: Request) -> Response:
 
 async def early(request: Request) -> Response:
     return PlainTextResponse("<early>")
+
+
+async def pieces(request: Request) -> Response:
+    return StreamingResponse(iter(["<a", "", "b", "c>"]))
 
 
 async def held(request: Request) -> Response:
@@ -89,6 +93,7 @@ def make_app() -> Starlette:
         routes=[
             Route("/early", early, methods=["POST"]),
             Route("/held", held),
+            Route("/pieces", pieces),
             *(WebSocketRoute(f"/{each.__name__}", each) for each in SOCKETS),
             WebSocketRoute("/chat", echo_socket),
             Route("/{path:path}", echo, methods=["GET", "POST"]),
@@ -194,6 +199,18 @@ def test_offers_in_one_packet_are_passed_over_up_to_one_that_closes(
     connection.sendall(get("/", "Connection: Upgrade", "Upgrade: h2c") * 300)
     connection.sendall(get("/end", "Connection: close, Upgrade", "Upgrade: h2c") + LAST)
     assert bodies(everything_from(connection)) == [b"<GET / >"] * 300 + [b"<GET /end >"]
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/0.9"])
+def test_a_body_to_an_old_client_has_no_chunk_sizes_and_ends_with_the_connection(
+    server: Starlette, version: bytes
+) -> None:
+    for path, body in (("/pieces", b"<abc>"), ("/", b"<GET / >")):
+        with connected(server) as connection:
+            request = get(path, "Connection: keep-alive").replace(b"HTTP/1.1", version)
+            connection.sendall(request)
+            head, _, received = everything_from(connection).partition(b"\r\n\r\n")
+        assert (received, b"transfer-encoding" in head.lower()) == (body, False)
 
 
 OFFER = ("Connection: Upgrade", "Upgrade: foo")

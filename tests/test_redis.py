@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from chat.errors import HistoryUnavailable
 from chat.messages import Message
@@ -16,7 +17,7 @@ from chat.storage.redis import OPTIONAL_TIMEOUT, RedisClient, open_redis
 from chat.tokens import Count, TokenCounts
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import PATIENCE, RedisCluster, RedisServer, Service, wait_until
+from tests.servers import PATIENCE, ROOT, RedisCluster, RedisServer, Service, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -95,7 +96,7 @@ def test_a_chat_in_a_long_conversation_asks_redis_for_one_count(
         while "the end" not in (command := monitor.next_command()["command"]):
             seen.append(command)
     assert len([command for command in seen if command.startswith("GET chat:tokens:")]) == 1
-    assert len([command for command in seen if command.startswith("EVAL")]) == 2
+    assert len([command for command in seen if re.match("EVAL.*chat:history:", command, re.S)]) == 2
 
 
 def test_redis_with_a_password(start_service: StartService) -> None:
@@ -128,6 +129,73 @@ def test_a_redis_that_is_not_there_delays_nothing(
     service = start_service(REDIS_ADDR=address, RATE_LIMIT="1000/day")
     assert usual_duration(service) < OPTIONAL_TIMEOUT
     assert service.process.output.count("Redis is down") == 1
+    reason = "Connection refused" if NOWHERE in address else "[Nn]ame (or service|resol)"
+    assert re.search(f"Redis is down .*{reason}", service.process.output)
+
+
+@pytest.fixture(params=[RedisServer, RedisCluster])
+def servers(request: pytest.FixtureRequest) -> Iterator[list[RedisServer]]:
+    """A server, or those of a cluster, for this test alone."""
+    with request.param() as running:
+        yield [running] if request.param is RedisServer else running.servers
+
+
+def url_of(servers: list[RedisServer], user: str = "") -> str:
+    scheme = "redis" if len(servers) == 1 else "redis+cluster"
+    return f"{scheme}://{user}" + ",".join(server.address for server in servers)
+
+
+REFUSALS = {  # what makes Redis refuse commands, and what ends it
+    "SET: OOM": ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
+    "EVAL: NOPERM": ("ACL SETUSER default -@scripting", "ACL SETUSER default +@all"),
+    "GET: NOPERM": ("ACL SETUSER default -@fast", "ACL SETUSER default +@all"),
+    "SET: READONLY": ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),  # not in a cluster
+}
+
+
+def test_a_redis_that_refuses_what_the_service_uses_is_down(
+    start_service: StartService, servers: list[RedisServer]
+) -> None:
+    service = start_service(REDIS_ADDR=url_of(servers), HISTORY_STORE="redis")
+    for refused in list(REFUSALS)[: 4 if len(servers) == 1 else 3]:
+        wait_until(service.is_ready)
+        for server in servers:
+            server.command(*REFUSALS[refused][0].split())
+        wait_until(lambda: not (is_up(service) or service.is_ready()))
+        service.log_line(level="WARNING", message=f"Redis refused {refused}")
+        for server in servers:
+            server.command(*REFUSALS[refused][1].split())
+    wait_until(service.is_ready)
+
+
+def test_the_documented_rights_are_those_that_it_needs(
+    start_service: StartService, servers: list[RedisServer], conversation: str
+) -> None:
+    rights = re.findall(r"^ACL SETUSER .*", (ROOT / "docs/operations.md").read_text(), re.M)
+    for server in servers:
+        for line in rights[: len(servers)]:  # the second is for a cluster
+            server.command(*line.split())
+    address = url_of(servers, "chat:password@")
+    service = start_service(REDIS_ADDR=address, HISTORY_STORE="redis", RATE_LIMIT="9/day")
+    wait_until(lambda: is_up(service))
+    service.reply("hello", conversation)
+    assert service.contents(conversation) == ["hello", "You said: hello"]
+    assert service.http.delete(f"/conversations/{conversation}").status_code == 204
+    wait_until(lambda: any(map(stored, servers)))
+    assert any(server.command("KEYS", "chat:rate:*") for server in servers)
+    assert "Redis refused" not in service.process.output
+
+
+class BrokenRedis(Redis):
+    async def execute_command(self, *_: object, **__: object) -> None:
+        raise KeyError("unforeseen")
+
+
+async def test_no_error_ends_the_checks(caplog: pytest.LogCaptureFixture) -> None:
+    client = RedisClient(BrokenRedis(), OPTIONAL_TIMEOUT)
+    await client.check(PATIENCE)
+    assert not client.is_up
+    assert "Traceback" in caplog.text
 
 
 FAULTS: dict[str, tuple[Callable[[RedisServer], Any], Callable[[RedisServer], Any]]] = {

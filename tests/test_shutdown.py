@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import httpx
 import psutil
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import (
@@ -119,7 +120,11 @@ def test_after_the_delay_new_chats_are_refused_while_old_ones_end(
     start: Start, groq: FakeGroq
 ) -> None:
     service = start()
-    with service.stream("held") as (_, events), connected(service) as unfinished:
+    with (
+        service.stream("held") as (_, events),
+        connected(service) as unfinished,
+        service.socket() as websocket,
+    ):
         next(events)
         begin_a_chat(unfinished)
         service.process.send_signal(signal.SIGTERM)
@@ -129,9 +134,14 @@ def test_after_the_delay_new_chats_are_refused_while_old_ones_end(
         assert chat_once(service).json() == {"error": RESTARTING}
         unfinished.sendall(b'"role":"user","content":"late"}]}')
         assert everything_from(unfinished).startswith(b"HTTP/1.1 503 ")
-        with service.socket() as websocket:
-            websocket.send(json.dumps(body("new")))
-            assert error_and_code(websocket) == (RESTARTING, 1012)
+        websocket.send(json.dumps(body("new")))
+        assert error_and_code(websocket) == (RESTARTING, 1012)
+        with pytest.raises(InvalidStatus) as refused, service.socket():
+            pass
+        answer = refused.value.response
+        assert (answer.status_code, json.loads(answer.body or b"")) == (503, {"error": RESTARTING})
+        assert {"retry-after", "x-request-id"} <= {name.lower() for name in answer.headers}
+        assert service.log_line(endpoint="/chat", method="GET", status=503)["error"] == "draining"
         assert httpx.get(f"{service.url}/health").status_code == 200
         groq.release()
         assert [event.data for event in events] == ["b", "[DONE]"]

@@ -13,11 +13,12 @@ from websockets.sync.client import ClientConnection, connect
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, UvicornService, body, connected, error_and_code, wait_until
+from tests.test_protocols import frame
 
 DONE = {"done": "true"}
 CANCELLED = {"done": "true", "cancelled": "true"}
 CANCEL = '{"cancel": true}'
-BUSY = {"error": "a reply is in progress on this socket; wait for it or cancel it"}
+BUSY = "this message is refused, since a reply is in progress and goes on; wait for it or cancel it"
 LIMIT = 1000
 HELD = Script(["a", "b"], hold_before_token=1)
 
@@ -159,8 +160,12 @@ def test_a_message_right_behind_a_cancel_waits_for_its_end_and_is_answered(
         for number in range(20):
             ask(socket, f"first {number}", conversation)
             seen = [next_message(socket)["token"]]
-            socket.send(CANCEL)
-            ask(socket, "second", conversation)
+            if number % 2:
+                socket.send(CANCEL)
+                ask(socket, "second", conversation)
+            else:  # in one read
+                second = json.dumps(body("second", conversation)).encode()
+                socket.socket.sendall(frame(CANCEL.encode()) + frame(second))
             more, end = read_reply(socket)
             assert end == CANCELLED
             assert read_reply(socket) == (["You", " said", ":", " second"], DONE)
@@ -176,7 +181,7 @@ def test_a_second_message_meanwhile_gets_an_error_and_the_reply_goes_on(
         ask(socket, "first", conversation)
         assert next_message(socket) == {"token": "a"}
         ask(socket, "second", conversation)
-        assert next_message(socket) == BUSY
+        assert next_message(socket) == {"error": BUSY}
         groq.release()
         assert read_reply(socket) == (["b"], DONE)
     assert service.contents(conversation) == ["first", "ab"]
@@ -189,7 +194,7 @@ def test_an_invalid_message_or_a_failed_reply_leaves_the_socket_open(
     with service.socket() as socket:
         for sent, error in (
             ("hello", "the body must be valid JSON"),
-            ("{}", "messages must not be empty"),
+            ("{}", "messages is missing"),
             ('{"messages": [{"role": "bot", "content": "x"}]}', "role must be exactly"),
             ('{"cancel": "yes"}', "cancel"),
         ):
@@ -200,6 +205,20 @@ def test_an_invalid_message_or_a_failed_reply_leaves_the_socket_open(
         assert (tokens, list(end)) == (["a"], ["error"])
         ask(socket, "hello")
         assert read_reply(socket)[1] == DONE
+
+
+def test_a_message_without_messages_takes_nothing_from_the_rate_limit(
+    start_service: StartService,
+) -> None:
+    with start_service(RATE_LIMIT="1/hour").socket() as socket:
+        for limited in (False, True):
+            for ping in ('{"type": "ping"}', "{}"):
+                socket.send(ping)
+                assert "messages is missing" in next_message(socket)["error"]
+            ask(socket, "hello")
+            assert ("error" in read_reply(socket)[1]) == limited
+        socket.send("nonsense")
+        assert "the rate limit is 1/hour" in next_message(socket)["error"]
 
 
 def test_a_message_over_the_limit_gets_an_error_and_code_1009(strict: Service) -> None:

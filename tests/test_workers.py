@@ -68,6 +68,7 @@ def test_the_metrics_are_those_of_all_workers_and_a_dead_ones_gauges_go(
         used = {pid for pid in workers_of(workers) if connections_to(groq, pid)}
     assert is_shown(workers, f'chat_requests_total{{stream_type="json"}} {float(asked)}')
     assert is_shown(workers, "redis_up 1.0")
+    assert not is_shown(workers, "event_loop_tasks 0.0")
     assert workers.http.get("/metrics").status_code == 404
     groq.on("held", Script(["a", "b"], hold_before_token=1))
     before = workers_of(workers)

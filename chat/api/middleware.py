@@ -44,9 +44,11 @@ class RequestMiddleware:
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
-            if message["type"] in ("http.response.start", "websocket.accept"):
+            if message["type"].endswith((".response.start", ".accept")):
                 status = message.get("status", 101)
                 added = [(b"x-request-id", request_id.encode()), *scope.get("chat.headers", ())]
+                if scope["type"] == "http" and "upgrade" in Headers(scope=scope):
+                    added.append((b"connection", b"close"))  # its body may pass for a request
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
@@ -76,7 +78,9 @@ def log_request(scope: Scope, status: int, fields: dict[str, Any]) -> None:
         metrics.errors[fields["error"]].inc()
     method, endpoint = _labels(scope)
     line = {"method": method, "endpoint": endpoint, "status": status, "client": client_of(scope)}
-    level = logging.INFO if status < 500 else logging.WARNING
+    is_failed = status >= 500 or fields.get("outcome") == "failed"
+    is_probe = status == 200 and endpoint in ("/health", "/ready", "/metrics")
+    level = logging.WARNING if is_failed else logging.DEBUG if is_probe else logging.INFO
     logger.log(level, "%s %s %d", method, endpoint, status, extra={"fields": line | fields})
 
 

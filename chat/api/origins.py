@@ -14,6 +14,12 @@ from chat.api.http import error_response
 from chat.errors import OriginNotAllowed
 
 
+def plain(origin: str) -> str:
+    """Leave off what browsers do: a default port, and a slash at the end."""
+    origin = origin.lower().rstrip("/")
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(origin.partition(":")[0], "/"))
+
+
 class OriginMiddleware:
     """Pure ASGI; refuses requests from pages of other origins."""
 
@@ -22,18 +28,16 @@ class OriginMiddleware:
         self._allowed = frozenset(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_allowed(Headers(scope=scope)):
+        headers = Headers(raw=scope.get("headers", []))
+        origin, host = plain(headers.get("origin", "")), headers.get("host", "")
+        own = plain(f"{origin.partition('://')[0]}://{host}")
+        if "origin" not in headers or {"*", origin} & (self._allowed | {own}):
             return await self.app(scope, receive, send)
         response = await error_response(HTTPConnection(scope), OriginNotAllowed())
+        scope["chat.log_fields"] |= {"origin": origin[:200], "host": host[:200]}
         if scope["type"] == "http":
             return await response(scope, receive, send)
         websocket = WebSocket(scope, receive, send)
         await websocket.accept()  # a browser does not tell a page why a handshake failed
         await websocket.send_text(bytes(response.body).decode())
         await websocket.close(OriginNotAllowed.close_code)
-
-    def _is_allowed(self, headers: Headers) -> bool:
-        origin = headers.get("origin")
-        if origin is None or "*" in self._allowed or origin in self._allowed:
-            return True
-        return origin.partition("://")[1:] == ("://", headers.get("host", "").lower())

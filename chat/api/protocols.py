@@ -1,9 +1,4 @@
-"""
-What uvicorn's protocols lack; each override can go once uvicorn does the same. Private members of
-libraries are used here alone. HTTP: limits on heads, idle new connections, disconnects in front of
-queued requests, upgrades that are not taken (uvicorn#2722). WebSocket: no reading before `accept`
-or while output waits, ends that uvicorn misses, an error before 1009, TEXTS: many in one write.
-"""
+"""What uvicorn's protocols lack; private members of libraries are used here alone."""
 
 from typing import Any
 
@@ -21,7 +16,7 @@ TEXTS = "chat.websocket.texts"  # an ASGI extension: "texts" of `websocket.send`
 MAX_HEAD_BYTES = 64 << 10  # trailers too; checked after each read, so one read may exceed it
 
 
-class HTTPProtocol(HttpToolsProtocol):
+class HTTPProtocol(HttpToolsProtocol):  # timeouts, disconnects, upgrades (uvicorn#2722), HTTP/1.0
     head_timeout = 15.0  # seconds from the first byte of a head to its end
     _head_bytes = 0
     _running: Any = None  # uvicorn's `cycle` is the last request, which may still be queued
@@ -72,7 +67,13 @@ class HTTPProtocol(HttpToolsProtocol):
         return True  # uvicorn then leaves every offer to `_parse`
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        async def send_unframed(message: Any, send: Any = cycle.send) -> None:
+            cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
         self._running, self._head_bytes = cycle, 0
+        if cycle.scope["http_version"] < "1.1":  # which has no chunks: the end is the close
+            cycle.chunked_encoding, cycle.keep_alive, cycle.send = False, False, send_unframed
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
@@ -80,7 +81,7 @@ class HTTPProtocol(HttpToolsProtocol):
         super().on_body(body)
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
+class WebSocketProtocol(WebSocketsSansIOProtocol):  # slow clients, missed ends, an error with 1009
     def data_received(self, data: bytes) -> None:
         try:
             super().data_received(data)
@@ -119,9 +120,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.close_sent or self.transport.is_closing():
             raise ClientDisconnected  # where uvicorn would blame the application
         if "texts" in message:
-            for text in message["texts"]:
-                self.conn.send_text(text)
-            return self.transport.write(b"".join(self.conn.data_to_send()))
+            frames = [Frame(Opcode.TEXT, text).serialize(mask=False) for text in message["texts"]]
+            return self.transport.write(b"".join(frames))
         await super().send(message)
         if message["type"] == "websocket.accept":
             self.scope["extensions"][TEXTS] = {}

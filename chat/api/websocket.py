@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from contextlib import suppress
 
 import msgspec
@@ -9,6 +10,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
+from chat.api.http import error_response
 from chat.api.limits import client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
@@ -18,7 +20,7 @@ from chat.reply import Reply
 logger = logging.getLogger(__name__)
 
 CLOSED = (WebSocketDisconnect, OSError, RuntimeError)  # raised by sending, after either side's end
-BUSY = "a reply is in progress on this socket; wait for it or cancel it"
+BUSY = "this message is refused, since a reply is in progress and goes on; wait for it or cancel it"
 
 
 class ChatSocket:
@@ -32,6 +34,9 @@ class ChatSocket:
 
     async def serve(self) -> None:
         """Answer messages until either side closes the connection."""
+        if self._state.service.is_draining:  # a proxy can try another replica
+            response = await error_response(self._websocket, errors.Draining())
+            return await self._websocket.send_denial_response(response)
         await self._websocket.accept()
         try:
             while (message := await self._receive())["type"] == "websocket.receive":
@@ -80,7 +85,7 @@ class ChatSocket:
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
-        """Parse a message; good or bad, unless it is a cancel, it counts against the rate limit."""
+        """Parse a message; unless it is a cancel or a ping, it counts against the rate limit."""
         text, request, limit = message.get("text"), None, self._state.settings.max_body_bytes
         try:
             if text is None:
@@ -90,7 +95,8 @@ class ChatSocket:
             request = parse_request(text, may_cancel=True)
             return request
         finally:
-            if self._state.limiter and not (request and request.cancel):
+            is_ping = isinstance(sys.exception(), errors.MissingMessages)
+            if self._state.limiter and not (is_ping or (request and request.cancel)):
                 (await self._state.limiter.take(client_of(self._scope))).check()
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:

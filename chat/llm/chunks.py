@@ -1,6 +1,7 @@
 """
-Events to chunks. What the strict decoder refuses is read leniently: members of odd types, content
-as a list of parts, halves of characters, NaN.
+What Groq sends, as msgspec types: https://console.groq.com/docs/api-reference#chat-create
+Members that other OpenAI-compatible servers leave out, or send as null, are optional. What the
+strict decoder refuses is read leniently: odd members, content in parts, halves of characters, NaN.
 """
 
 import codecs
@@ -13,18 +14,46 @@ from typing import Any
 import msgspec
 
 from chat.errors import GroqReplyBroken
-from chat.llm.types import Chunk
+from chat.reply import Usage
 
 MALFORMED = (ValueError, RecursionError)  # raised by decoding
 MAX_ODD = 100  # members of a chunk that are passed over
 # Halves of surrogate pairs; those that are left out here stand for bytes that are not UTF-8.
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-REFUSAL = re.compile(r"got `(\w+)`(?: - at `\$\.?(.+)`)?")  # of msgspec's, with kind and path
-_CHUNK = msgspec.json.Decoder(Chunk)
+REFUSAL = re.compile(r"(?:, got `(\w+)`)? - at `\$\.(.+)`")  # of msgspec's, with kind and path
+
+
+class GroqExtra(msgspec.Struct):
+    id: str | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+class Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class Choice(msgspec.Struct, gc=False):
+    delta: Delta | None = None
+    message: Delta | None = None
+    finish_reason: str | None = None
+    error: Any = None
+
+
+class Chunk(msgspec.Struct, gc=False):
+    """One event of a streamed reply, or a whole reply: they differ in `delta` and `message`."""
+
+    choices: list[Choice] | None = None
+    usage: Usage | None = None
+    x_groq: GroqExtra | None = None
+    error: Any = None
+
+
 _CHUNKS = msgspec.json.Decoder(list[Chunk])
 
 
-def decode_chunks(events: list[bytes]) -> list[Chunk] | None:
+def decode(events: list[bytes]) -> list[Chunk] | None:
     """Decode the data of some events in one call; None if the strict decoder refuses them."""
     try:
         chunks = _CHUNKS.decode(b"[" + b",".join(events) + b"]")
@@ -42,26 +71,23 @@ def load(event: bytes) -> Any:
 
 
 def decode_leniently(event: bytes) -> tuple[Chunk, str]:
-    """
-    Decode one event without what cannot be read; return also the path and kind of that. Raise
-    `GroqReplyBroken` if it is no chunk at all.
-    """
+    """Decode one event; return also the path and kind of the first member that was passed over."""
     loaded, odd = load(event), ""
     for _ in range(MAX_ODD if isinstance(loaded, dict) else 0):
         try:
             return msgspec.convert(loaded, Chunk), odd
-        except msgspec.ValidationError as error:
-            kind, path = REFUSAL.findall(str(error))[0]
         except UnicodeEncodeError:  # half of a character in a string that should be an object
             break
+        except msgspec.ValidationError as error:
+            kind, path = REFUSAL.findall(str(error))[0]
         *way, last = [int(n) if n.isdigit() else n for n in re.findall(r"\w+", path)]
         holder = reduce(getitem, way, loaded)
         found = holder.pop(last)
         if last == "content" and isinstance(found, list):
             holder[last] = "".join(map(_text, found))
         else:
-            odd = odd or f"{path}: {kind}"
-    raise GroqReplyBroken(cause=odd or f"an event that is no object: {type(loaded).__name__}")
+            odd = odd or f"{path}: {kind or 'out of range'}"
+    raise GroqReplyBroken(cause=odd or "an event that is no object")
 
 
 def _text(part: Any) -> str:

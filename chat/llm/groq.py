@@ -21,7 +21,6 @@ from chat.llm.chunks import MALFORMED
 from chat.llm.dialects import parameters
 from chat.llm.endings import failure
 from chat.llm.quota import exhausted_for, retry_after
-from chat.llm.silence import SilenceClock, Watched
 from chat.llm.stream import ReplyParser, parser_for
 from chat.messages import Message
 from chat.reply import Reply
@@ -48,48 +47,43 @@ ModelState = Literal["available", "missing", "refused", "unknown"]
 class Groq:
     """Ask one model for replies, once each; `not_before` is when its quota allows the next one."""
 
-    def __init__(
-        self, transports: Transports, clock: SilenceClock, settings: Settings, model: str
-    ) -> None:
+    def __init__(self, transports: Transports, settings: Settings, model: str) -> None:
         self.model, self.not_before = model, 0.0
-        self._transport, self._fresh = transports
-        self._clock, self._settings = clock, settings
+        (self._transport, self._fresh), self._settings = transports, settings
         self._base_url = settings.groq_base_url.rstrip("/")
         self._chat_url = httpx.URL(f"{self._base_url}/chat/completions")
-        authorization, connect = f"Bearer {settings.groq_api_key}", settings.groq_connect_timeout
+        connect, read = settings.groq_connect_timeout, settings.groq_timeout
         self._request = partial(
             httpx.Request,
-            headers=httpx.Headers(HEADERS | {"Authorization": authorization}),
-            extensions={"timeout": {"connect": connect, "pool": connect}},
+            headers=httpx.Headers(HEADERS | {"Authorization": f"Bearer {settings.groq_api_key}"}),
+            extensions={"timeout": {"connect": connect, "pool": connect, "read": read}},
         )
         self._options = parameters(self._chat_url.host, model, settings)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> TokenStream:
         """Give the tokens of a reply, a read at a time; raise `GroqError` if it fails."""
         # A JSON reply is one event, which may take as long as the longest silence in a stream.
-        settings, parser = self._settings, None
+        settings, parser, time = self._settings, None, asyncio.get_running_loop().time
         first = settings.groq_first_event_timeout if reply.is_stream else settings.groq_timeout
-        with _translated() as responses, Watched(self._clock) as silence:
+        with _translated() as responses:
             try:
                 async with asyncio.timeout(first):
-                    response = await self._ask(messages, reply)
-                    responses.append(response)
-                    if response.status_code != 200:
-                        raise await _refusal(response)
+                    response = await self._ask(messages, reply, responses)
                     parser = parser_for(response.headers, is_stream=reply.is_stream)
                     body = cast(AsyncGenerator[bytes, None], aiter(cast(Any, response.stream)))
                     while not (parser.events or parser.is_over):
                         tokens = parser.feed(await anext(body, b""))
+                events, since = 0, time()
                 while True:
                     if tokens:
                         yield tokens
                     if parser.is_over or parser.finish_reason:
                         break
-                    silence.is_reading = True
-                    received = await anext(body, b"")
-                    silence.is_reading = False
-                    tokens = parser.feed(received)
-                    silence.events = parser.events
+                    if parser.events > events:
+                        events, since = parser.events, time()
+                    elif time() - since > settings.groq_timeout:
+                        raise errors.GroqTimeout  # comments alone are silence, too
+                    tokens = parser.feed(await anext(body, b""))
                 if not parser.error and (tokens := await _read_ending(body, parser)):
                     yield tokens
                 parser.check(settings.max_tokens)
@@ -115,8 +109,10 @@ class Groq:
             return "available" if found & {self.model, f"{self.model}:latest"} else "missing"
         return "unknown"
 
-    async def _ask(self, messages: Sequence[Message], reply: Reply) -> httpx.Response:
-        """Send the request; return the response, to be closed."""
+    async def _ask(
+        self, messages: Sequence[Message], reply: Reply, responses: list[httpx.Response]
+    ) -> httpx.Response:
+        """Send the request; return the response, which is among those to be closed."""
         options = {**self._options, "messages": messages}
         if reply.is_stream:
             options |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -132,6 +128,9 @@ class Groq:
             response = await self._fresh.handle_async_request(request)
         if wait := exhausted_for(response.status_code, response.headers):
             self.not_before = asyncio.get_running_loop().time() + wait
+        responses.append(response)
+        if response.status_code != 200:
+            raise await _refusal(response)
         return response
 
 
@@ -204,10 +203,7 @@ async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
     verify, proxy = httpx.create_ssl_context(), proxy_for(settings.groq_base_url)
     tracing = aiohttp.TraceConfig()
     tracing.on_connection_reuseconn.append(_note_reuse)
-    clock = SilenceClock(settings.groq_timeout)
-    watching = asyncio.create_task(clock.run())
     async with AsyncExitStack() as stack:
-        stack.callback(watching.cancel)
         transports = []
         for options in ({"keepalive_timeout": KEEP_ALIVE_EXPIRY}, {"force_close": True}):
             session = aiohttp.ClientSession(
@@ -222,4 +218,4 @@ async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
             )
             transports.append(await stack.enter_async_context(transport))
         names = filter(None, (settings.model, settings.fallback_model))
-        yield [Groq(transports, clock, settings, name) for name in names]
+        yield [Groq(transports, settings, name) for name in names]

@@ -9,9 +9,8 @@ from contextlib import suppress
 import msgspec
 
 from chat import errors
-from chat.llm.chunks import MALFORMED, CharacterJoiner, decode_chunks, decode_leniently, load
+from chat.llm import chunks
 from chat.llm.endings import EMPTY, FINISH_REASONS, error_in, failure
-from chat.llm.types import Chunk, GroqExtra, read_usage
 from chat.reply import Usage
 
 MAX_REPLY_BYTES = 16 << 20
@@ -58,7 +57,7 @@ def _data(event: bytes) -> bytes:
     fields = [line.partition(b":")[::2] for line in event.split(b"\n")]
     data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field == b"data")
     if dict(fields).get(b"event", b"").removeprefix(b" ") == b"error":
-        with suppress(*MALFORMED):
+        with suppress(*chunks.MALFORMED):
             msgspec.json.decode(data)
             return b'{"error":[%b]}' % data
         return b'{"error":[%b]}' % msgspec.json.encode(data.decode(errors="replace"))
@@ -86,7 +85,7 @@ class ReplyParser:
         self.usage: Usage | None = None  # the last report
         self.groq_id: str | None = None
         self._parser, self._size, self._odd = parser, 0, ""
-        self._joiner: CharacterJoiner | None = None
+        self._joiner: chunks.CharacterJoiner | None = None
 
     def feed(self, received: bytes) -> list[str]:
         """Take one read, or no bytes at their end; return its tokens; raise if it is too large."""
@@ -119,7 +118,8 @@ class ReplyParser:
             self.is_done = self.is_over = True
             events = events[: events.index(DONE)]
         tokens = []
-        for event, chunk in zip(events, decode_chunks(events) or self._decode(events)):  # noqa: B905
+        decoded = chunks.decode(events) or self._decode(events)
+        for event, chunk in zip(events, decoded, strict=False):
             if chunk.choices:
                 choice = chunk.choices[0]
                 delta = choice.delta or choice.message
@@ -136,15 +136,15 @@ class ReplyParser:
                 break
         return tokens
 
-    def _decode(self, events: list[bytes]) -> Iterator[Chunk]:
+    def _decode(self, events: list[bytes]) -> Iterator[chunks.Chunk]:
         """Decode events one by one, as far as they are chunks."""
-        self._joiner = self._joiner or CharacterJoiner()
+        self._joiner = self._joiner or chunks.CharacterJoiner()
         for event in events:
             if event.strip() == DONE:
                 self.is_done = self.is_over = True
                 return
             try:
-                chunk, odd = decode_leniently(event)
+                chunk, odd = chunks.decode_leniently(event)
             except errors.GroqReplyBroken as error:
                 return self._fail(error)
             self._odd = self._odd or odd
@@ -156,12 +156,12 @@ class ReplyParser:
         else:
             self._fail(failure(200, reason))
 
-    def _note(self, chunk: Chunk, event: bytes) -> None:
-        extra = chunk.x_groq or GroqExtra()
+    def _note(self, chunk: chunks.Chunk, event: bytes) -> None:
+        extra = chunk.x_groq or chunks.GroqExtra()
         self.groq_id = extra.id or self.groq_id
-        self.usage = read_usage(chunk.usage) or read_usage(extra.usage) or self.usage
+        self.usage = chunk.usage or extra.usage or self.usage
         is_suspect = not chunk.choices or chunk.error or extra.error or chunk.choices[0].error
-        if is_suspect and (error := error_in(load(event))):
+        if is_suspect and (error := error_in(chunks.load(event))):
             self._fail(failure(200, error))
 
     def _fail(self, error: errors.GroqError) -> None:

@@ -76,9 +76,8 @@ class RedisHistory:
     async def _store(self, conversation: str, exchanges: Sequence[Exchange], how: str) -> None:
         """Store exchanges; if that takes longer than a moment, go on in the background."""
         stored = [msgspec.json.encode((uuid4().hex, each)) for each in exchanges]
-        command: list[str | int | bytes] = ["EVAL", STORE, 1, _key(conversation)]
-        command += [self._max_exchanges, self._ttl, how, *stored]
-        storing = asyncio.create_task(self._store_patiently(command, len(stored)))
+        command = ("EVAL", STORE, 1, _key(conversation), self._max_exchanges, self._ttl, how)
+        storing = asyncio.create_task(self._store_patiently((*command, *stored), len(stored)))
         self._storing.add(storing)
         storing.add_done_callback(self._storing.discard)
         try:
