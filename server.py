@@ -1,5 +1,6 @@
 """Routes, lifespan and `app`, which is made when it is first asked for: importing does nothing."""
 
+import asyncio
 import errno
 import gc
 import logging
@@ -24,14 +25,12 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.supervisors import Multiprocess
 
-from chat import config, logs, messages, metrics
+from chat import config, errors, logs, messages, metrics
 from chat.api import http, limits, middleware, origins, page, protocols, shutdown, sse, websocket
-from chat.errors import ChatError
 from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.history import History
 from chat.storage.memory import MemoryHistory
 from chat.storage.redis import open_redis
 from chat.storage.redis_history import RedisHistory
@@ -106,20 +105,19 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         opening = open_redis(settings.redis_addr, settings.redis_password)
         state.redis = await stack.enter_async_context(opening) if settings.redis_addr else None
-        history: History = MemoryHistory(settings)
-        if settings.history_store == "redis":
-            history = RedisHistory(settings, state.redis)
+        is_shared = settings.history_store == "redis"
+        history = RedisHistory(settings, state.redis) if is_shared else MemoryHistory(settings)
         stack.push_async_callback(history.aclose)
         counts = TokenCounts(settings.model, state.redis)
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
-        rate = settings.rate_limit
-        state.limiter = limits.RateLimiter(rate, state.redis) if rate else None
+        state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
         state.shutdown = shutdown.Shutdown(state.service, settings)
         for background in (state.groq.check_models(), counts.share_forever()):
             await stack.enter_async_context(http.in_background(background))
-        await stack.enter_async_context(state.shutdown.on_signal())
-        metrics.watch_event_loop()
+        state.shutdown.handle_signals()
+        loop = asyncio.get_running_loop()
+        metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         gc.freeze()  # what exists now stays: no collection needs to look at it again
         gc.set_threshold(20_000, 20, 20)  # at Python's 700, an eighth of a JSON request goes to it
         yield
@@ -134,8 +132,8 @@ def create_app(settings: config.Settings) -> Starlette:
     layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
     hidden = {show_metrics: settings.metrics_port, page.chat_page: not settings.chat_page}
     routes = [route for route in ROUTES if not hidden.get(route.endpoint)]
-    errors: Any = {ChatError: http.error_response, HTTPException: http.routing_error}
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=layers, exception_handlers=errors)
+    render: Any = {errors.ChatError: http.error_response, HTTPException: http.routing_error}
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=layers, exception_handlers=render)
     app.router.redirect_slashes = False
     app.state.settings = settings
     return app
@@ -180,20 +178,10 @@ def serve_on(host: str, name: str, port: int, serve: Callable[..., Any]) -> list
     return servers
 
 
-def listen(settings: config.Settings) -> list[socket.socket]:
-    """Listen on `HOST`; the kernel cuts a client that does not read its response."""
-    listeners = serve_on(settings.host, "PORT", settings.port, socket.create_server)
-    with suppress(AttributeError):  # Linux only
-        for listener in listeners:
-            unread = int(settings.send_timeout * 1000)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
-    return listeners
-
-
 def serve_metrics(settings: config.Settings) -> None:
     host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104
     if port := settings.metrics_port:
-        serve_on(host, "METRICS_PORT", port, lambda address, **_: metrics.serve(*address[:2]))
+        serve_on(host, "METRICS_PORT", port, metrics.serve)
 
 
 class Workers(Multiprocess):
@@ -210,7 +198,11 @@ class Workers(Multiprocess):
 @one_line_errors()
 def main() -> None:
     settings = config.load_settings()
-    listeners = listen(settings)
+    listeners = serve_on(settings.host, "PORT", settings.port, socket.create_server)
+    with suppress(AttributeError):  # Linux only: cut a client that does not read its response
+        for listener in listeners:
+            unread = int(settings.send_timeout * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
     options = uvicorn.Config(
         create_app(settings) if settings.web_concurrency == 1 else "server:app",
         log_config=None,

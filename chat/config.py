@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -19,29 +19,37 @@ class SettingsError(Exception):
 
 
 HOST = r"([\w.-]+|\[[0-9a-fA-F:]+\])"
-URL = rf"rediss?://([^\s/?#@]*@)?{HOST}(:\d{{1,5}})?(/\d{{0,3}})?"
-CLUSTER = rf"rediss?\+cluster://([^\s/?#@]*@)?{HOST}(:\d{{1,5}})?(,{HOST}(:\d{{1,5}})?)*/?"
-REDIS = rf"|{HOST}:\d{{1,5}}|{URL}|{CLUSTER}"
+NODE = rf"{HOST}(:[1-9]\d{{0,4}})?"
+URL = rf"rediss?://([^\s/?#@]*@)?{NODE}(/\d{{0,3}})?"
+CLUSTER = rf"rediss?\+cluster://([^\s/?#@]*@)?{NODE}(,{NODE})*/?"
+REDIS = rf"|{HOST}:[1-9]\d{{0,4}}|{URL}|{CLUSTER}"
+RATE = r"|[1-9]\d{0,5}/(second|minute|hour|day)"
+ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+/?)?\s*(,|$))*"
+LEVELS = "debug|info|warning|error"
+CASELESS = {"allowed_origins", "history_store", "log_level", "reasoning_effort"}
+BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+QUOTED = re.compile(r"""(?s)^(["'])((?:(?!\1).)*)\1$""")  # `docker run --env-file` leaves quotes
+SECONDS = "a number of seconds"
 
 
 def text(pattern: str, description: str) -> Meta:
     return Meta(pattern=f"^(?![\"'])({pattern})(?<![\"'])$", description=description)
 
 
+def number(least: float, most: float, kind: str = "a whole number") -> Meta:
+    return Meta(ge=least, le=most, description=f"{kind} from {least:,} to {most:,}")
+
+
 Text = Annotated[str, Meta(description="text in UTF-8")]
 Key = Annotated[str, text("[!-~]+", "an API key from https://console.groq.com/keys, unquoted")]
 BaseURL = Annotated[str, text(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "an http:// or https:// URL")]
-RATE = r"|[1-9]\d{0,5}/(second|minute|hour|day)"
-Rate = Annotated[str, text(RATE, "a rate such as 30/minute, or empty")]
 Networks = Annotated[str, Meta(description="networks such as 10.0.0.0/8, separated by commas")]
-ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+/?)?\s*(,|$))*"
 Origins = Annotated[str, text(ORIGINS, "origins such as https://a.example, separated by commas")]
 RedisAddress = Annotated[str, text(REDIS, "host:port, a redis:// URL, or empty for no Redis")]
-Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-Timeout = Annotated[float, Meta(ge=0.01, le=86_400)]
-Delay = Annotated[float, Meta(ge=0, le=3600)]
-QUOTED = re.compile(r"""(?s)^(["'])((?:(?!\1).)*)\1$""")  # `docker run --env-file` leaves quotes
-BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+Flag = Annotated[bool, Meta(description="true or false")]
+Count = Annotated[int, number(1, 1_000_000)]
+Timeout = Annotated[float, number(0.01, 86_400, SECONDS)]
+Delay = Annotated[float, number(0, 3600, SECONDS)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,32 +57,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     groq_api_key: Key
     host: Annotated[str, text(r"[\w.:%-]*", "an address, a name such as localhost, or empty")] = ""
-    port: Annotated[int, Meta(ge=1, le=65_535)] = 8000
+    port: Annotated[int, number(1, 65_535)] = 8000
     groq_base_url: BaseURL = "https://api.groq.com/openai/v1"
     groq_connect_timeout: Timeout = 5.0
     groq_first_event_timeout: Timeout = 30.0
     groq_timeout: Timeout = 60.0
-    groq_max_retries: Annotated[int, Meta(ge=0, le=10)] = 2
+    groq_max_retries: Annotated[int, number(0, 10)] = 2
     groq_circuit_failures: Count = 10
     reply_timeout: Timeout = 300.0
     model: Annotated[str, text(r"\S+", "the name of a model")] = "openai/gpt-oss-20b"
     fallback_model: Annotated[str, text(r"\S*", "the name of a model, or empty")] = ""
-    reasoning_effort: Literal["low", "medium", "high"] = "low"
+    reasoning_effort: Annotated[str, text("low|medium|high", "low, medium or high")] = "low"
     system_prompt: Text = ""
     max_tokens: Count = 1024
-    context_tokens: Annotated[int, Meta(ge=2, le=100_000_000)] = 131_072
-    max_exchanges: Annotated[int, Meta(ge=1, le=1000)] = 20
-    shared_conversation: bool = True
-    history_store: Literal["memory", "redis"] = "memory"
-    max_conversations: Annotated[int, Meta(ge=1, le=10_000_000)] = 10_000
-    conversation_ttl: Annotated[float, Meta(ge=1, le=31_536_000)] = 86_400.0
-    max_history_bytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 256 << 20
-    rate_limit: Rate = ""
+    context_tokens: Annotated[int, number(2, 100_000_000)] = 131_072
+    max_exchanges: Annotated[int, number(1, 1000)] = 20
+    shared_conversation: Flag = True
+    history_store: Annotated[str, text("memory|redis", "memory or redis")] = "memory"
+    max_conversations: Annotated[int, number(1, 10_000_000)] = 10_000
+    conversation_ttl: Annotated[float, number(1, 31_536_000, SECONDS)] = 86_400.0
+    max_history_bytes: Annotated[int, number(1, 1 << 40)] = 256 << 20
+    rate_limit: Annotated[str, text(RATE, "a rate such as 30/minute, or empty")] = ""
     trusted_proxies: Networks = ""
     allowed_origins: Origins = ""
     max_concurrent: Count = 1000
-    max_concurrent_per_client: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
-    max_body_bytes: Annotated[int, Meta(ge=1, le=1 << 30)] = 256 << 10
+    max_concurrent_per_client: Annotated[int, number(0, 1_000_000)] = 0
+    max_body_bytes: Annotated[int, number(1, 1 << 30)] = 256 << 10
     body_timeout: Timeout = 15.0
     send_timeout: Timeout = 60.0
     idle_timeout: Timeout = 600.0
@@ -82,10 +90,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_timeout: Timeout = 75.0
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
-    web_concurrency: Annotated[int, Meta(ge=1, le=1000)] = 1
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    chat_page: bool = True
+    web_concurrency: Annotated[int, number(1, 1000)] = 1
+    metrics_port: Annotated[int, number(0, 65_535)] = 0
+    log_level: Annotated[str, text(LEVELS, "debug, info, warning or error")] = "info"
+    chat_page: Flag = True
     redis_addr: RedisAddress = "redis:6379"
     redis_password: Text = ""
 
@@ -103,9 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         elif self.history_store == "redis" and not self.redis_addr:
             wrong = "HISTORY_STORE=redis needs REDIS_ADDR, which is empty"
         elif self.history_store == "memory" and workers > 1:
-            wrong = (
-                f"WEB_CONCURRENCY={workers} needs HISTORY_STORE=redis: each worker keeps its own"
-            )
+            wrong = f"WEB_CONCURRENCY={workers} needs HISTORY_STORE=redis: each worker has its own"
         if wrong:
             raise SettingsError(wrong)
 
@@ -114,58 +120,40 @@ def parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def load_settings(
-    environ: Mapping[str, str] = os.environ, env_file: str | Path = ".env"
-) -> Settings:
-    """Read them from the environment, or from `env_file`; raise `SettingsError` if one is wrong."""
+def load_settings(environ: Mapping[str, str] = os.environ, file: str | Path = ".env") -> Settings:
+    """Read them from the environment, or from a file; raise `SettingsError` if one is wrong."""
     try:
-        config = Config(env_file if Path(env_file).is_file() else None, environ)
+        config = Config(file if Path(file).is_file() else None, environ)
     except (OSError, UnicodeDecodeError):
-        raise SettingsError(f"{env_file} must be readable text in UTF-8") from None
+        raise SettingsError(f"{file} must be readable text in UTF-8") from None
     values = {}
     for field, hint in get_type_hints(Settings, include_extras=True).items():
         given: str | None = config(field.upper(), default=None)
         given = given and QUOTED.sub(r"\2", given.strip())
         if given or field == "groq_api_key" or (given == "" and field == "redis_addr"):
             values[field] = _parse(field, given or "", hint)  # for the others, empty is unset
-    settings = Settings(**values)
-    proxy_for(settings.groq_base_url)  # one that cannot be used stops the start
-    return settings
+    return Settings(**values)
 
 
 def _parse(field: str, given: str, hint: Any) -> Any:
+    kind, meta = get_args(hint)
     try:
         given.encode()  # bytes that are not UTF-8 come out of the environment as surrogates
-        is_lowered = field == "allowed_origins" or get_origin(hint) is Literal
-        given = BOOLEANS.get(given.lower(), given) if hint is bool else given
-        value = msgspec.convert(given.lower() if is_lowered else given, hint, strict=False)
+        given = given.lower() if field in CASELESS else given
+        given = BOOLEANS.get(given.lower(), given) if kind is bool else given
+        value = msgspec.convert(given, hint, strict=False)
         # What no pattern finds, and would fail later, in each request:
         for network in parts(value) if field == "trusted_proxies" else ():
             ip_network(network)
         if field in ("groq_base_url", "redis_addr"):
             for node in value.rpartition("://")[2].rpartition("@")[2].split(","):
                 address = urlsplit(f"//{node}")
-                (address.hostname or "").encode("idna")
-                if address.port == 0:
-                    raise ValueError
+                _ = address.port, (address.hostname or "").encode("idna")  # or a ValueError
         return value
     except ValueError:
         is_secret = field in ("groq_api_key", "redis_password") or "@" in given
         shown = "the given value" if given and is_secret else repr(given[:100])
-        message = f"{field.upper()} must be {_expectation(hint)}, not {shown}"
-        raise SettingsError(message) from None
-
-
-def _expectation(hint: Any) -> str:
-    """Return what a value of the type must be, for a message."""
-    if hint is bool:
-        return "true or false"
-    if get_origin(hint) is Literal:
-        *most, last = get_args(hint)
-        return f"{', '.join(most)} or {last}"
-    kind, meta = get_args(hint)
-    what = "a whole number" if kind is int else "a number of seconds"
-    return str(meta.description or f"{what} from {meta.ge:,} to {meta.le:,}")
+        raise SettingsError(f"{field.upper()} must be {meta.description}, not {shown}") from None
 
 
 def proxy_for(url: str) -> str | None:
@@ -174,8 +162,4 @@ def proxy_for(url: str) -> str | None:
     proxy = proxies.get(address.scheme) or proxies.get("all")
     if not proxy or proxy_bypass(address.netloc):
         return None
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    if urlsplit(proxy).scheme not in ("http", "https"):
-        what = f"{address.scheme.upper()}_PROXY must be an http:// or https:// URL"
-        raise SettingsError(what)
-    return proxy
+    return proxy if "://" in proxy else f"http://{proxy}"

@@ -1,18 +1,14 @@
-"""
-Logging: one JSON object a line on stdout, written by a thread, so that a slow reader of stdout
-never holds up the event loop.
-"""
+"""Logging: one JSON object a line on stdout; a slow reader of it never holds up the event loop."""
 
 import logging
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -24,72 +20,60 @@ WRITE_INTERVAL = 0.02  # seconds; a thread that wakes for each line takes the in
 FLUSH_TIMEOUT = 1.0  # seconds to wait at shutdown for a stdout that nobody reads
 
 
-class LineHandler(QueueHandler):
-    """Queue lines of JSON; the texts of exceptions are left out, since they may quote a client."""
+def json_line(record: logging.LogRecord) -> str:
+    """Render a record; the text of an exception is left out, since it may quote a client."""
+    line: dict[str, Any] = {
+        "timestamp": datetime.fromtimestamp(record.created, UTC),
+        "level": record.levelname,
+        "message": record.getMessage(),
+    }
+    if (current := request_id.get()) is not None:
+        line["request_id"] = current
+    line.update(getattr(record, "fields", {}))
+    if record.exc_info and record.exc_info[1] is not None:
+        line["exception"] = type(record.exc_info[1]).__qualname__
+        line["traceback"] = "".join(traceback.format_tb(record.exc_info[2]))
+    return msgspec.json.encode(line).decode() + "\n"
 
-    queue: SimpleQueue[Any]
 
-    def prepare(self, record: logging.LogRecord) -> Any:
-        created = datetime.fromtimestamp(record.created, UTC)
-        line: dict[str, Any] = {
-            "timestamp": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname,
-            "message": record.getMessage(),
-        }
-        if (current := request_id.get()) is not None:
-            line["request_id"] = current
-        line.update(getattr(record, "fields", {}))
-        if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = type(record.exc_info[1]).__qualname__
-            line["traceback"] = "".join(traceback.format_tb(record.exc_info[2]))
-        return msgspec.json.encode(line).decode() + "\n"
+class LineHandler(logging.Handler):
+    """Write lines from a thread, together what is logged within a moment."""
 
-    def enqueue(self, record: Any) -> None:
-        self.queue.put_nowait(record)
-        if self.queue.qsize() > MAX_QUEUED:
-            with suppress(Empty):
-                self.queue.get_nowait()
+    def __init__(self, level: str) -> None:
+        super().__init__(level)
+        # Not sys.stdout, whose lock Python takes at exit: it would wait for a write that hangs.
+        self._output = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        self._lines = deque[str](maxlen=MAX_QUEUED)
+        self._is_behind = threading.Event()  # from a line's coming until all are written
+        threading.Thread(target=self._write_forever, daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(json_line(record))
+            self._is_behind.set()
+        except Exception:  # noqa: BLE001  (as each handler of logging does)
+            self.handleError(record)
 
     def flush(self) -> None:
         """Wait until what is queued has been written; logging does so at the end."""
-        is_written = threading.Event()
-        self.queue.put_nowait(is_written)
-        is_written.wait(FLUSH_TIMEOUT)
+        deadline = time.monotonic() + FLUSH_TIMEOUT
+        while (self._lines or self._is_behind.is_set()) and time.monotonic() < deadline:
+            time.sleep(WRITE_INTERVAL / 2)
 
-
-class LineWriter(QueueListener):
-    """Write together what is queued within a moment; an event in the queue asks for a flush."""
-
-    queue: SimpleQueue[Any]
-
-    def __init__(self, queue: SimpleQueue[Any]) -> None:
-        super().__init__(queue)
-        # Not sys.stdout, whose lock Python takes at exit: it would wait for a write that hangs.
-        self._output = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-
-    def dequeue(self, block: bool) -> Any:
-        lines = [self.queue.get()]
-        if isinstance(lines[0], str):
+    def _write_forever(self) -> None:
+        while self._is_behind.wait():
             time.sleep(WRITE_INTERVAL)
-        with suppress(Empty):
-            while isinstance(lines[-1], str):
-                lines.append(self.queue.get_nowait())
-        return lines
-
-    def handle(self, record: Any) -> None:
-        with suppress(OSError):  # a full disk, for example
-            self._output.write("".join(line for line in record if isinstance(line, str)))
-            self._output.flush()
-        if isinstance(record[-1], threading.Event):
-            record[-1].set()
+            with suppress(OSError):  # a full disk, for example
+                self._output.write("".join(self._lines.popleft() for _ in range(len(self._lines))))
+                self._output.flush()
+            self._is_behind.clear()
+            if self._lines:
+                self._is_behind.set()
 
 
 def configure(level: str) -> None:
     """Send all logging to stdout as JSON; our line for each request replaces uvicorn's."""
-    queue: SimpleQueue[Any] = SimpleQueue()
-    handler = LineHandler(queue)
-    handler.setLevel(level.upper())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[LineHandler(level.upper())], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
@@ -99,4 +83,3 @@ def configure(level: str) -> None:
     logging.getLogger("uvicorn.error").addFilter(lambda line: not str(line.msg).startswith(lines))
     for name in ("httpx", "httpcore", "aiohttp", "redis", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    LineWriter(queue).start()

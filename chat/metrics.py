@@ -1,8 +1,8 @@
 """Every metric of the service; the only global state, since a process is scraped as a whole."""
 
-import asyncio
 from functools import cache, partial
 from math import nan
+from typing import Any
 
 import prometheus_client
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -19,10 +19,9 @@ total = partial(Gauge, multiprocess_mode="livesum")  # of all workers; the other
 largest = partial(Gauge, multiprocess_mode="livemax")
 smallest = partial(Gauge, multiprocess_mode="livemin")
 
-HTTP_REQUESTS = Counter("http_requests_total", "HTTP requests.", ["method", "endpoint", "status"])
-HTTP_REQUEST_DURATION = duration(
-    "http_request_duration_seconds", "Time to the end of a response.", ["method", "endpoint"]
-)
+ROUTE = ("method", "endpoint")
+HTTP_REQUESTS = Counter("http_requests_total", "HTTP requests.", [*ROUTE, "status"])
+HTTP_REQUEST_DURATION = duration("http_request_duration_seconds", "Time of a response.", ROUTE)
 CHAT_REQUESTS = Counter("chat_requests_total", "Valid chat requests.", ["stream_type"])
 CHAT_REPLIES = Counter("chat_replies_total", "Replies that have ended.", ["stream_type", "outcome"])
 CHAT_FINISH_REASONS = Counter("chat_finish_reasons_total", "Completed replies.", ["reason"])
@@ -34,19 +33,15 @@ CHAT_TOKENS = Counter("chat_tokens_total", "Tokens as Groq reports them.", ["dir
 GROQ_REQUESTS = Counter("groq_requests_total", "Requests to Groq.", ["outcome"])
 GROQ_RETRIES = Counter("groq_retries_total", "Requests to Groq that were retried.")
 GROQ_FALLBACKS = Counter("groq_fallbacks_total", "Replies that fell back to FALLBACK_MODEL.")
-GROQ_CIRCUIT_STATE = largest(
-    "groq_circuit_state", "0: the circuit breaker is closed, 1: half-open, 2: open.", ["model"]
-)
-GROQ_MODEL_AVAILABLE = smallest(
-    "groq_model_available", "0 if Groq rejects the key or lacks the model, else 1.", ["model"]
-)
+GROQ_CIRCUIT_STATE = largest("groq_circuit_state", "0: closed, 1: half-open, 2: open.", ["model"])
+GROQ_MODEL_AVAILABLE = smallest("groq_model_available", "0: no such model, or bad key.", ["model"])
 TOKEN_CACHE_LOOKUPS = Counter("token_cache_lookups_total", "Token counts looked up.", ["result"])
 HISTORY_CONVERSATIONS = total("history_conversations", "Conversations kept in memory.")
 HISTORY_LOST = Counter("history_lost_exchanges_total", "Exchanges that Redis did not store.")
 EVENT_LOOP_TASKS = total("event_loop_tasks", "Tasks of the event loop.")
 REDIS_UP = smallest("redis_up", "1 if Redis accepts commands, NaN if there is none.")
-
 REDIS_UP.set(nan)
+
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
 FINISH_REASONS = ("stop", "length", "content_filter", "refusal", "tool_calls")
@@ -69,15 +64,9 @@ def render() -> bytes:
     return prometheus_client.generate_latest(_registry())
 
 
-def serve(host: str, port: int) -> None:
+def serve(address: tuple[Any, ...], **_: object) -> None:
     """Serve the metrics on a port of their own, from a thread, until the process ends."""
-    prometheus_client.start_http_server(port, host, _registry())
-
-
-def watch_event_loop() -> None:
-    """Count the tasks of the current event loop when they are asked for."""
-    loop = asyncio.get_running_loop()
-    EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
+    prometheus_client.start_http_server(address[1], address[0], _registry())
 
 
 def _registry() -> CollectorRegistry:

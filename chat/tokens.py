@@ -1,24 +1,17 @@
-"""
-Token counts: learned from what Groq reports, since only it has the model's tokenizer, and kept
-under a hash in this process and in Redis; estimated for text that it has never counted.
-"""
+"""Token counts: learned from Groq, which alone has the model's tokenizer; estimated until then."""
 
 import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import NamedTuple
 
 from chat import metrics
 from chat.messages import Message
-from chat.storage.redis import RedisClient
+from chat.storage.redis import Command, RedisClient, hashed_key
 
-TTL = 86_400  # seconds that a count stays in Redis
 REMEMBERED = 50_000  # counts kept in the process: some 10 MB
-SHARE_INTERVAL = 0.05  # seconds between two writes of what was learned to Redis
 MAX_TEMPLATE_TOKENS = 1000  # more than a template puts around a prompt; beyond it a report is wrong
-MESSAGE_TOKENS = 4  # about what a model's template puts around each message
 
 
 class Count(NamedTuple):
@@ -34,7 +27,7 @@ class TokenCounts:
     def __init__(self, model: str, redis: RedisClient | None) -> None:
         self._model, self._redis = model, redis
         self._known: OrderedDict[str, int] = OrderedDict()
-        self._to_share: dict[str, int] = {}
+        self._to_share: list[Command] = []
 
     async def count(self, messages: Sequence[Message]) -> list[Count]:
         """Return the count of each message: learned here or by another replica, else estimated."""
@@ -60,21 +53,19 @@ class TokenCounts:
         key = self._key(message)
         if self._known.get(key) != tokens:
             self._remember({key: tokens})
-            if self._redis:
-                self._to_share[key] = tokens
+            self._to_share.append(("SET", key, tokens, "EX", 86_400))
         return True
 
     async def share_forever(self) -> None:
         """Write what was learned to Redis, together; what it does not take is given up."""
         while True:
-            await asyncio.sleep(SHARE_INTERVAL)
-            learned, self._to_share = self._to_share, {}
-            if self._redis and learned:
-                await self._redis.try_all([("SET", *each, "EX", TTL) for each in learned.items()])
+            await asyncio.sleep(0.05)
+            commands, self._to_share = self._to_share, []
+            if self._redis and commands:
+                await self._redis.try_all(commands)
 
     def _key(self, message: Message) -> str:
-        text = f"{self._model}\0{message.role}\0{message.content}"
-        return "chat:tokens:" + sha256(text.encode()).hexdigest()
+        return hashed_key("tokens", f"{self._model}\0{message.role}\0{message.content}")
 
     def _remember(self, counts: dict[str, int]) -> None:
         for key, tokens in counts.items():
@@ -89,8 +80,7 @@ def total(counts: Sequence[Count]) -> Count:
     return Count(sum(count.tokens for count in counts), all(count.is_exact for count in counts))
 
 
-# About what a current BPE vocabulary (o200k) turns into one token: fitted to texts and code, with
-# the measured counts in tests/token_counts.json.
+# About what o200k, a current vocabulary, has as one token: fitted to tests/token_counts.json.
 _PIECES = re.compile(
     r"[._(]?[A-Z]?[a-z\u1e00-\u1eff]{1,10}|[A-Z]{1,4}|[0-9]{1,3}"  # words, parts of identifiers
     r"|\s{2,64}|\n|[!-/:-@\[-`{-~]{1,8}"  # indentation, punctuation
@@ -98,15 +88,14 @@ _PIECES = re.compile(
     r"|[\u2000-\u2e7f]|[\U00010000-\U0010ffff]"  # symbols, emoji
 )
 _IDEOGRAPHS = re.compile(r"[\u2e80-\uffef]")  # Chinese, Japanese, Korean
-TOKENS_PER_IDEOGRAPH = 0.77
 
 
 def estimate(message: Message) -> int:
     """Return about how many tokens a message takes in a prompt."""
-    return estimate_tokens(message.content) + MESSAGE_TOKENS
+    return estimate_tokens(message.content) + 4  # of the model's template, around each message
 
 
 def estimate_tokens(text: str) -> int:
     """Return about how many tokens a text takes; at least one."""
-    ideographs = len(_IDEOGRAPHS.findall(text)) * TOKENS_PER_IDEOGRAPH
-    return max(1, round(len(_PIECES.findall(text)) + ideographs))
+    tokens = len(_PIECES.findall(text)) + 0.77 * len(_IDEOGRAPHS.findall(text))
+    return max(1, round(tokens))

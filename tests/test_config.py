@@ -100,10 +100,10 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_good_values_are_taken_as_they_are(name: str) -> None:
-    for value in GOOD[name].split("|"):
-        assert getattr(load({name: value}), name.lower()) == value
+def test_good_values_are_taken_as_they_are() -> None:
+    for name, values in GOOD.items():
+        for value in values.split("|"):
+            assert getattr(load({name: value}), name.lower()) == value
 
 
 def test_settings_that_do_not_go_together_are_told() -> None:
@@ -111,10 +111,7 @@ def test_settings_that_do_not_go_together_are_told() -> None:
         "WEB_CONCURRENCY=2 needs HISTORY_STORE=redis: each worker": {"WEB_CONCURRENCY": "2"},
         "HISTORY_STORE=redis needs REDIS_ADDR": {"HISTORY_STORE": "redis", "REDIS_ADDR": ""},
         "METRICS_PORT must differ from PORT; both are 8000": {"METRICS_PORT": "8000"},
-        "FALLBACK_MODEL must differ from MODEL; both are 'a'": {
-            "FALLBACK_MODEL": "a",
-            "MODEL": "a",
-        },
+        "FALLBACK_MODEL must differ from MODEL; both": {"FALLBACK_MODEL": "a", "MODEL": "a"},
     }.items():
         with pytest.raises(SettingsError, match=told):
             load(environ)

@@ -37,8 +37,7 @@ BAD_BODIES: list[tuple[object, str]] = [
 @pytest.fixture(scope="module")
 def strict(module_groq: FakeGroq) -> Iterator[Service]:
     """A service with tight limits for bodies."""
-    url = module_groq.url
-    with Service(GROQ_BASE_URL=url, MAX_BODY_BYTES=1000, BODY_TIMEOUT=0.3) as running:
+    with Service(GROQ_BASE_URL=module_groq.url, MAX_BODY_BYTES=1000, BODY_TIMEOUT=0.3) as running:
         yield running
 
 
@@ -102,15 +101,11 @@ def test_a_body_over_the_limit_gets_a_413_and_is_read_no_further(strict: Service
 
 
 def test_a_compressed_body_gets_a_415_that_says_so(service: Service) -> None:
-    content, headers = (
-        gzip.compress(json.dumps(body("hello")).encode()),
-        {"content-encoding": "gzip"},
-    )
-    answer = service.http.post("/chat", content=content, headers=headers)
+    content = gzip.compress(json.dumps(body("hello")).encode())
+    answer = service.http.post("/chat", content=content, headers={"content-encoding": "gzip"})
     assert (answer.status_code, answer.headers["connection"]) == (415, "close")
-    assert answer.json() == {
-        "error": "the body is compressed (gzip); send it without Content-Encoding"
-    }
+    error = "the body is compressed (gzip); send it without Content-Encoding"
+    assert answer.json() == {"error": error}
 
 
 def test_a_body_that_takes_too_long_gets_a_408(strict: Service) -> None:

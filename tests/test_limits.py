@@ -1,13 +1,11 @@
 """How often a client may chat: one contract for the buckets, here and in Redis; and end to end."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 
 import pytest
 
-from chat.api.limits import CLIENTS, Allowance, RateLimiter, client_key
+from chat.api.limits import CLIENTS, RateLimiter, client_key
 from chat.errors import RateLimited
 from chat.storage.redis import open_redis
 from tests.clock import Clock
@@ -15,107 +13,82 @@ from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import PATIENCE, RedisServer, Service, body, closing_code, wait_until
 
+pytestmark = pytest.mark.anyio
+
 CLIENT = "198.51.100.7"
 
 
-def test_a_bucket_refills_steadily() -> None:
-    async def scenario() -> list[bool]:
-        clock = Clock()
-        limiter = RateLimiter("6/minute", None, clock=clock)
-        taken = []
-        for wait in (0, 0, 0, 0, 0, 0, 0, 10, 0, 9, 1, 60, *[0] * 6):
-            clock.now += wait
-            taken.append((await limiter.take(CLIENT)).is_allowed)
-        return taken
-
+async def test_a_bucket_refills_steadily() -> None:
+    limiter = RateLimiter("6/minute", None, clock=(clock := Clock()))
+    taken = []
+    for wait in (0, 0, 0, 0, 0, 0, 0, 10, 0, 9, 1, 60, *[0] * 6):
+        clock.now += wait
+        taken.append((await limiter.take(CLIENT)).is_allowed)
     refills = [True, False, False, True]  # ten seconds are worth one request
-    assert asyncio.run(scenario()) == [True] * 6 + [False] + refills + [True] * 6 + [False]
+    assert taken == [True] * 6 + [False] + refills + [True] * 6 + [False]
 
 
-def test_whole_seconds_stay_whole_whatever_the_clock_says() -> None:
+async def test_whole_seconds_stay_whole_whatever_the_clock_says() -> None:
     clock = Clock()
     clock.now = 1000.3
     assert clock.now + 1800 - clock.now > 1800, "of such sums"
     limiter = RateLimiter("2/hour", None, clock=clock)
-    assert asyncio.run(limiter.take(CLIENT)).headers[1][1] == b'"default";r=1;t=1800'
+    assert (await limiter.take(CLIENT)).headers[1][1] == b'"default";r=1;t=1800'
 
 
-@asynccontextmanager
-async def limiter_on(store: str, server: RedisServer, rate: str) -> AsyncIterator[RateLimiter]:
-    if store == "memory":
-        yield RateLimiter(rate, None)
-        return
-    async with open_redis(server.address, "", optional_timeout=PATIENCE) as redis:
-        yield RateLimiter(rate, redis)
+NewLimiter = Callable[[str], RateLimiter]
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
-def test_a_burst_is_fine_and_what_is_over_it_is_told_how_long_to_wait(
-    store: str, redis_server: RedisServer
+@pytest.fixture
+async def in_redis(redis_server: RedisServer) -> AsyncIterator[NewLimiter]:
+    """Make limiters of a given rate on one Redis."""
+    async with open_redis(redis_server.address, "", optional_timeout=PATIENCE) as redis:
+        yield lambda rate: RateLimiter(rate, redis)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def new_limiter(request: pytest.FixtureRequest, in_redis: NewLimiter) -> NewLimiter:
+    return in_redis if request.param == "redis" else lambda rate: RateLimiter(rate, None)
+
+
+async def test_a_burst_is_fine_and_what_is_over_it_is_told_how_long_to_wait(
+    new_limiter: NewLimiter,
 ) -> None:
-    async def scenario() -> tuple[list[Allowance], Allowance]:
-        async with limiter_on(store, redis_server, "3/hour") as limiter:
-            taken = [await limiter.take(CLIENT) for _ in range(4)]
-            return taken, await limiter.take("198.51.100.8")
-
-    taken, other = asyncio.run(scenario())
-    *allowed, over = taken
+    limiter = new_limiter("3/hour")
+    taken = [await limiter.take(CLIENT) for _ in range(4)]
     assert [each.is_allowed for each in taken] == [True] * 3 + [False]
-    policy, states = {each.headers[0] for each in taken}, [each.headers[1] for each in taken]
-    assert policy == {(b"ratelimit-policy", b'"default";q=3;w=3600')}
-    left = [state.partition(b";t=")[0] for _, state in states]
+    assert {each.headers[0] for each in taken} == {(b"ratelimit-policy", b'"default";q=3;w=3600')}
+    left = [each.headers[1][1].partition(b";t=")[0] for each in taken]
     assert left == [b'"default";r=%d' % remaining for remaining in (2, 1, 0, 0)]
-    for allowance in (*allowed, other):
+    for allowance in (*taken[:3], await limiter.take("198.51.100.8")):
         allowance.check()
     with pytest.raises(RateLimited, match="the rate limit is 3/hour") as error:
-        over.check()
+        taken[3].check()
     assert 1190 < (error.value.retry_after or 0) <= 1200
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
-def test_refused_requests_cost_nothing(store: str, redis_server: RedisServer) -> None:
-    async def scenario() -> list[float]:
-        async with limiter_on(store, redis_server, "1/day") as limiter:
-            await limiter.take(CLIENT)
-            return [(await limiter.take(CLIENT)).full_in for _ in range(50)]
-
-    waits = asyncio.run(scenario())
-    assert max(waits) <= 86_400
+async def test_refused_requests_cost_nothing(new_limiter: NewLimiter) -> None:
+    limiter = new_limiter("1/day")
+    taken = [await limiter.take(CLIENT) for _ in range(50)]
+    assert max(each.full_in for each in taken) <= 86_400
 
 
-def test_limiters_on_one_redis_share_a_bucket_to_the_last_request(
-    redis_server: RedisServer,
+async def test_limiters_on_one_redis_share_a_bucket_to_the_last_request_for_each_rate(
+    in_redis: NewLimiter,
 ) -> None:
-    async def scenario() -> list[bool]:
-        rate = "4/hour"
-        async with (
-            limiter_on("redis", redis_server, rate) as one,
-            limiter_on("redis", redis_server, rate) as other,
-        ):
-            takers = [one, one, one, other, other, one]
-            return [(await each.take(CLIENT)).is_allowed for each in takers]
-
-    assert asyncio.run(scenario()) == [True, True, True, True, False, False]
+    one, other = in_redis("4/hour"), in_redis("4/hour")
+    taken = [await each.take(CLIENT) for each in (one, one, one, other, other, one)]
+    assert [each.is_allowed for each in taken] == [True, True, True, True, False, False]
+    another = in_redis("1/minute")
+    assert [(await another.take(CLIENT)).is_allowed for _ in range(2)] == [True, False]
 
 
-def test_another_rate_has_another_bucket_on_the_same_redis(redis_server: RedisServer) -> None:
-    async def scenario(rate: str) -> list[bool]:
-        async with limiter_on("redis", redis_server, rate) as limiter:
-            return [(await limiter.take(CLIENT)).is_allowed for _ in range(2)]
-
-    for rate in ("1/day", "1/minute"):
-        assert asyncio.run(scenario(rate)) == [True, False]
-
-
-def test_a_process_remembers_only_so_many_clients() -> None:
-    async def scenario() -> tuple[bool, bool]:
-        limiter = RateLimiter("1/day", None)
-        for number in range(CLIENTS + 1):
-            assert (await limiter.take(f"client {number}")).is_allowed
-        newest, oldest = await limiter.take(f"client {CLIENTS}"), await limiter.take("client 0")
-        return newest.is_allowed, oldest.is_allowed
-
-    assert asyncio.run(scenario()) == (False, True)
+async def test_a_process_remembers_only_so_many_clients() -> None:
+    limiter = RateLimiter("1/day", None)
+    for number in range(CLIENTS + 1):
+        assert (await limiter.take(f"client {number}")).is_allowed
+    assert not (await limiter.take(f"client {CLIENTS}")).is_allowed, "the newest"
+    assert (await limiter.take("client 0")).is_allowed, "the oldest"
 
 
 def statuses(service: Service, count: int, **headers: str) -> list[int]:
@@ -172,15 +145,12 @@ def test_a_limit_applies_to_an_address_or_to_the_network_of_a_customer() -> None
         assert client_key(client) == key
 
 
-def test_replicas_share_the_limit_and_it_outlives_them(
-    start_service: StartService, redis_server: RedisServer
+async def test_replicas_share_the_limit_and_it_outlives_them(
+    start_service: StartService, redis_server: RedisServer, in_redis: NewLimiter
 ) -> None:
-    async def use_up(rate: str) -> None:
-        async with limiter_on("redis", redis_server, rate) as limiter:
-            while (await limiter.take("127.0.0.1")).is_allowed:
-                pass
-
-    asyncio.run(use_up("1000/day"))
+    limiter = in_redis("1000/day")
+    while (await limiter.take("127.0.0.1")).is_allowed:
+        pass
     service = start_service(RATE_LIMIT="1000/day", REDIS_ADDR=redis_server.address)
     # Its own bucket, for chats that Redis does not respond to in time, is full.
     wait_until(lambda: statuses(service, 1) == [429])
@@ -213,35 +183,28 @@ def test_behind_a_trusted_proxy_each_client_has_its_own_limit(start_service: Sta
     service.log_line(client="198.51.100.2", status=429)
 
 
-def test_too_many_replies_at_once_are_a_503(start_service: StartService, groq: FakeGroq) -> None:
-    service = start_service(MAX_CONCURRENT=1)
+TOO_MANY = {  # the status, that of another client, and the error
+    "MAX_CONCURRENT": (503, 503, "too many concurrent replies; try again"),
+    "MAX_CONCURRENT_PER_CLIENT": (429, 200, "concurrent replies for this client (limit 1)"),
+}
+
+
+@pytest.mark.parametrize("setting", TOO_MANY)
+def test_too_many_replies_at_once_are_refused(
+    start_service: StartService, groq: FakeGroq, setting: str
+) -> None:
+    service = start_service(TRUSTED_PROXIES="127.0.0.1", **{setting: 1})
+    status, status_of_another, error = TOO_MANY[setting]
     groq.on("held", Script(["a", "b"], hold_before_token=1))
-    with service.stream("held") as (_, events):
+    with service.stream("held") as (_, events), service.socket() as socket:
         next(events)
         answer = service.chat("another")
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        with service.socket() as socket:
-            socket.send(json.dumps(body("another")))
-            assert "too many concurrent replies" in json.loads(socket.recv(5))["error"]
+        assert (answer.status_code, answer.headers["retry-after"]) == (status, "1")
+        assert statuses(service, 1, **{"x-forwarded-for": "198.51.100.1"}) == [status_of_another]
+        socket.send(json.dumps(body("another")))
+        assert error in json.loads(socket.recv(5))["error"]
+        if status == 503:
             assert closing_code(socket) == 1013
         groq.release()
         assert [event.data for event in events] == ["b", "[DONE]"]
-    wait_until(lambda: service.chat("another").status_code == 200)
-
-
-def test_too_many_replies_to_one_client_are_a_429(
-    start_service: StartService, groq: FakeGroq
-) -> None:
-    service = start_service(MAX_CONCURRENT_PER_CLIENT=1, TRUSTED_PROXIES="127.0.0.1")
-    groq.on("held", Script(["a", "b"], hold_before_token=1))
-    with service.stream("held") as (_, events):
-        next(events)
-        answer = service.chat("another")
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert statuses(service, 1, **{"x-forwarded-for": "198.51.100.1"}) == [200]
-        with service.socket() as socket:
-            socket.send(json.dumps(body("another")))
-            assert "for this client (limit 1)" in json.loads(socket.recv(5))["error"]
-        groq.release()
-        list(events)
     wait_until(lambda: service.chat("another").status_code == 200)

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
+from typing import Any
 
 from chat import logs
 from tests.conftest import StartService
@@ -73,6 +72,10 @@ def test_a_failed_chat_is_one_warning_that_says_why(service: Service, groq: Fake
     assert "check GROQ_API_KEY" in str(hint["message"])
     assert (line["level"], line["outcome"]) == ("WARNING", "failed")
     assert (line["error"], line["upstream_status"]) == ("refused", 401)
+    groq.on("too long", Script(status=413))
+    service.chat("too long")
+    line = service.log_line(status=400)
+    assert (line["level"], line["outcome"]) == ("INFO", "failed"), "the client's own mistake"
     groq.on("cut", Script(["a"], cut_before_token=1))
     service.chat("cut", stream=True)
     with service.socket() as socket:
@@ -160,7 +163,7 @@ def test_an_exception_is_logged_by_its_kind_and_place_without_its_text() -> None
         raise ValueError("the client's words")
     except ValueError:
         record = logging.LogRecord("x", 40, "f", 1, "it failed", None, sys.exc_info())
-    line = json.loads(logs.LineHandler(SimpleQueue()).prepare(record))
+    line = json.loads(logs.json_line(record))
     assert line["exception"] == "ValueError"
     assert "test_logs.py" in line["traceback"]
     assert "client's words" not in json.dumps({**line, "traceback": ""})
@@ -198,25 +201,16 @@ def test_a_stdout_that_nobody_reads_holds_up_no_request_and_not_the_end(
     assert service.process.wait() == 0
 
 
-@contextmanager
-def logging_to(file: Path, service: Service) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a service whose output goes to a file."""
-    variables = environment(service._settings)
-    with (
-        file.open("wb") as output,
-        subprocess.Popen(service.command, cwd=ROOT, env=variables, stdout=output) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def test_a_full_disk_holds_up_nothing_and_lines_are_written_again_once_it_is_not(
     groq: FakeGroq, tmp_path: Path
 ) -> None:
     service, file = Service(GROQ_BASE_URL=groq.url, LOG_LEVEL="debug"), tmp_path / "log"
-    with service.http, logging_to(file, service) as process:
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment(service._settings)}
+    with ExitStack() as stack:
+        options["stdout"] = stack.enter_context(file.open("wb"))
+        process = stack.enter_context(subprocess.Popen(service.command, **options))
+        stack.callback(process.kill)
+        stack.enter_context(service.http)
         wait_until(lambda: file.exists() and file.stat().st_size > 0)
         full = (file.stat().st_size + 10_000, resource.RLIM_INFINITY)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, full)

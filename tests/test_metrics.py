@@ -1,5 +1,7 @@
 """What /metrics shows, read with Prometheus' own parser."""
 
+import json
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -7,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from chat.errors import reasons
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import ROOT, Process, Service, UvicornService, environment, free_port, wait_until
+from tests.servers import Service, UvicornService, body, free_port, wait_until
 
 NAMES = """http_requests http_request_duration_seconds chat_requests chat_replies chat_errors
     chat_tokens chat_time_to_first_token_seconds chat_reply_duration_seconds chat_replies_active
@@ -32,20 +34,34 @@ def test_every_metric_is_there_and_every_reason_before_its_first_error(service: 
 
 def test_chats_are_counted_by_transport_and_outcome(fresh: Service, groq: FakeGroq) -> None:
     groq.on("fail", Script(status=500))
+    groq.on("hold", Script(hold_before_token=0))
     fresh.reply("hello")
     fresh.tokens("hello")
     fresh.chat("fail", stream=True)
+    with fresh.socket() as socket:
+        for content in ("hello", "fail", "hold"):
+            socket.send(json.dumps(body(content)))
+            if content == "hold":
+                groq.wait_for_request("hold")
+                assert fresh.metric("chat_replies_active", stream_type="websocket") == 1
+                socket.send('{"cancel": true}')
+            while "token" in json.loads(socket.recv(5)):
+                pass
     for name, labels, value in (
         ("chat_requests_total", {"stream_type": "json"}, 1),
         ("chat_requests_total", {"stream_type": "sse"}, 2),
         ("chat_replies_total", {"stream_type": "sse", "outcome": "completed"}, 1),
         ("chat_replies_total", {"stream_type": "sse", "outcome": "failed"}, 1),
-        ("groq_requests_total", {"outcome": "completed"}, 2),
-        ("groq_requests_total", {"outcome": "refused"}, 1),
-        ("chat_reply_duration_seconds_count", {}, 3),
-        ("chat_time_to_first_token_seconds_count", {}, 1),
+        ("chat_replies_total", {"stream_type": "websocket", "outcome": "completed"}, 1),
+        ("chat_replies_total", {"stream_type": "websocket", "outcome": "failed"}, 1),
+        ("chat_replies_total", {"stream_type": "websocket", "outcome": "cancelled"}, 1),
+        ("groq_requests_total", {"outcome": "completed"}, 3),
+        ("groq_requests_total", {"outcome": "refused"}, 2),
+        ("chat_reply_duration_seconds_count", {}, 6),
+        ("chat_time_to_first_token_seconds_count", {}, 2),
     ):
         assert fresh.metric(name, **labels) == value, (name, labels)
+    wait_until(lambda: fresh.metric("http_requests_total", status="101") == 1)
 
 
 def test_requests_and_errors_are_counted_by_template_status_and_reason(
@@ -107,16 +123,3 @@ def test_metrics_may_have_a_port_of_their_own(groq: FakeGroq, command: type[Serv
         assert 'chat_requests_total{stream_type="json"} 1.0' in shown
         assert "history_conversations 1.0" in shown
         assert service.http.get("/metrics").status_code == 404
-
-
-@pytest.mark.parametrize("command", [Service, UvicornService])
-def test_a_metrics_port_that_is_taken_stops_startup_with_one_line(
-    service: Service, command: type[Service]
-) -> None:
-    second = command(METRICS_PORT=service.port)
-    process = Process(second.command, environment(second._settings), ROOT)
-    process.wait()
-    assert process.end() == 3
-    lines = [line for line in process.lines if '"level":"INFO"' not in line]
-    expected = f"error: METRICS_PORT {service.port} cannot be used: Address already in use\n"
-    assert lines == [expected]

@@ -9,27 +9,22 @@ from chat.messages import Exchange, Message
 from chat.prompt import fit, split
 
 
-def messages(text: str) -> list[Message]:
+def messages(text: str) -> tuple[Message, ...]:
     """Return one message for each letter; capitals are the assistant's."""
-    return [Message("assistant" if letter.isupper() else "user", letter) for letter in text]
+    return tuple(Message("assistant" if each.isupper() else "user", each) for each in text)
 
 
-@pytest.mark.parametrize(
-    ("sent", "leading", "exchanges", "new"),
-    [
-        ("a", "", [], "a"),
-        ("ab", "", [], "ab"),
-        ("aAb", "", ["aA"], "b"),
-        ("abAcBd", "", ["abA", "cB"], "d"),
-        ("AbBCcd", "A", ["bBC"], "cd"),
-        ("ABc", "AB", [], "c"),
-    ],
-)
-def test_a_request_is_exchanges_and_what_is_new(
-    sent: str, leading: str, exchanges: list[str], new: str
-) -> None:
-    expected = (messages(leading), [tuple(messages(each)) for each in exchanges], messages(new))
-    assert split(messages(sent)) == expected
+def test_a_request_is_exchanges_and_what_is_new() -> None:
+    for sent, leading, exchanges, new in (
+        ("a", "", (), "a"),
+        ("ab", "", (), "ab"),
+        ("aAb", "", ("aA",), "b"),
+        ("abAcBd", "", ("abA", "cB"), "d"),
+        ("AbBCcd", "A", ("bBC",), "cd"),
+        ("ABc", "AB", (), "c"),
+    ):
+        expected = (messages(leading), [messages(each) for each in exchanges], messages(new))
+        assert split(messages(sent)) == expected
 
 
 def sent(costs: list[int], *, first: int = 0, fixed: int = 10) -> list[int]:

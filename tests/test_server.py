@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from tests.servers import (
     everything_from,
     free_port,
 )
+from tests.test_protocols import read_until
 
 KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = KEEP_ALIVE.replace(b"x", b"x\r\nConnection: close")
@@ -57,9 +59,9 @@ def stops_with(line: str, ended: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_a_port_in_use_stops_startup_with_one_line(service: Service) -> None:
-    for name in ("PORT", "METRICS_PORT"):
+    for command, name in ((PYTHON, "PORT"), (PYTHON, "METRICS_PORT"), (UVICORN, "METRICS_PORT")):
         error = f"error: {name} {service.port} cannot be used: Address already in use"
-        stops_with(error, run(PYTHON, **{**HOST, "PORT": free_port(), name: service.port}))
+        stops_with(error, run(command, **{**HOST, "PORT": free_port(), name: service.port}))
 
 
 def test_importing_the_server_does_nothing() -> None:
@@ -115,7 +117,7 @@ def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(
     with connected(service) as patient, connected(start_service(KEEP_ALIVE_TIMEOUT=0.3)) as new:
         assert everything_from(new) == b""
         patient.sendall(KEEP_ALIVE)
-        assert patient.recv(1000).endswith(b"OK")
+        read_until(patient, b"OK")
         with connected(start_service(KEEP_ALIVE_TIMEOUT=0.3)) as used:
             used.sendall(KEEP_ALIVE)
             assert everything_from(used).endswith(b"OK")
@@ -126,15 +128,15 @@ def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(
 OFFER = b"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %b\r\n"
 
 
-@pytest.mark.parametrize("name", [b"h2c", b"foo"])
 def test_under_plain_uvicorn_the_body_behind_an_offered_upgrade_is_no_request(
-    groq: FakeGroq, name: bytes
+    groq: FakeGroq,
 ) -> None:
-    head = OFFER % name + b"Content-Length: %d\r\n\r\n" % len(KEEP_ALIVE)
+    length = b"Content-Length: %d\r\n\r\n" % len(KEEP_ALIVE)
+    heads = [OFFER % name + length for name in (b"h2c", b"foo")]
     with UvicornService(GROQ_BASE_URL=groq.url) as service:
-        for sent in (head + KEEP_ALIVE, head):  # whose body would come when the answer is there
+        for head, body in product(heads, (KEEP_ALIVE, b"")):  # which would come after the answer
             with connected(service) as connection:
-                connection.sendall(sent)
+                connection.sendall(head + body)
                 answer = everything_from(connection)
             assert answer.count(b"HTTP/1.1 ") == 1
             assert b"\r\nconnection: close\r\n" in answer

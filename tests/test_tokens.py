@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from chat.tokens import REMEMBERED, Count, TokenCounts, estimate, estimate_token
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service
 
+TURNS = ("user", "assistant")
 MEASURED = json.loads((Path(__file__).parent / "token_counts.json").read_text())
 
 
@@ -75,12 +76,10 @@ def lookups(service: Service) -> tuple[float, float]:
     return service.metric(name, result="hit"), service.metric(name, result="miss")
 
 
-def send(service: Service, contents: list[str], conversation: str) -> None:
-    """Send a transcript, whose messages are the user's and the assistant's in turn."""
-    roles = cycle(("user", "assistant"))
-    messages = [{"role": next(roles), "content": content} for content in contents]
-    asked = {"messages": messages, "conversation": conversation}
-    service.http.post("/chat", json=asked).raise_for_status()
+def send(service: Service, texts: list[str], roles: Sequence[str] = TURNS, **fields: str) -> None:
+    turns = zip(cycle(roles), texts, strict=False)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    service.http.post("/chat", json={"messages": messages, **fields}).raise_for_status()
 
 
 def test_a_turn_looks_up_what_is_new_and_never_the_history(
@@ -102,7 +101,7 @@ def test_a_transcripts_counts_were_learned_from_the_replies_to_it(
         service.reply(f"{content} {conversation}", conversation)
     contents = service.contents(conversation)
     before = lookups(service)
-    send(service, [*contents, "three"], conversation)
+    send(service, [*contents, "three"], conversation=conversation)
     assert lookups(service) == (before[0] + 4, before[1] + 1), "by difference, the questions' too"
 
 
@@ -110,10 +109,9 @@ def test_nothing_is_learned_by_difference_from_two_unknown_messages(
     service: Service, conversation: str
 ) -> None:
     for first, misses in (("user", 4), ("assistant", 2)):  # the latter is only estimated
-        roles, before = (first, "user"), lookups(service)
-        messages = [{"role": role, "content": f"{misses} {conversation}"} for role in roles]
+        before = lookups(service)
         for _ in range(2):
-            service.http.post("/chat", json={"messages": messages}).raise_for_status()
+            send(service, [f"{misses} {conversation}"] * 2, (first, "user"))
         assert lookups(service) == (before[0], before[1] + misses)
 
 
@@ -142,7 +140,7 @@ def test_of_a_transcript_that_is_too_long_the_newest_exchanges_are_sent_and_all_
     narrow: Service, groq: FakeGroq, conversation: str
 ) -> None:
     sent = [f"{number} {'word ' * 45}" for number in range(21)]
-    send(narrow, sent, conversation)
+    send(narrow, sent, conversation=conversation)
     assert groq.requests[-1].contents == sent[10:], "from the sixth exchange, number 5"
     assert narrow.contents(conversation)[:-1] == sent
 

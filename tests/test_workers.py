@@ -10,11 +10,8 @@ import psutil
 import pytest
 
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import RedisServer, Service, UvicornService, body, free_port, wait_until
-from tests.test_server import run
-
-PYTHON = Service().command
-UVICORN = UvicornService().command
+from tests.servers import RedisServer, Service, body, free_port, wait_until
+from tests.test_server import PYTHON, UVICORN, run
 
 
 @pytest.mark.parametrize("command", [PYTHON, UVICORN], ids=["python", "uvicorn"])

@@ -11,18 +11,12 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
+from chat import errors
 from chat.config import Settings
-from chat.errors import (
-    BodyCompressed,
-    BodyTooLarge,
-    BodyTooSlow,
-    ChatError,
-    ClientDisconnected,
-    Draining,
-)
 from chat.messages import ChatRequest
 
 Headers = Mapping[str, str] | None
+CLOSING = (errors.BodyCompressed, errors.BodyTooLarge, errors.BodyTooSlow, errors.Draining)
 NO_SUCH_PATH = """\
 no such path; POST /chat takes chats (no slash at its end, no OpenAI API at /v1), \
 and GET /openapi.yaml describes all paths"""
@@ -32,19 +26,19 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     """Read a body; raise `ChatError` if that fails."""
     body, limit, timeout = bytearray(), settings.max_body_bytes, settings.body_timeout
     if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
-        raise BodyCompressed(encoding[:40])
+        raise errors.BodyCompressed(encoding[:40])
     if int(request.headers.get("content-length", 0)) > limit:
-        raise BodyTooLarge(limit)
+        raise errors.BodyTooLarge(limit)
     try:
         async with asyncio.timeout(timeout):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
-                    raise BodyTooLarge(limit)
+                    raise errors.BodyTooLarge(limit)
     except TimeoutError:
-        raise BodyTooSlow(timeout) from None
+        raise errors.BodyTooSlow(timeout) from None
     except ClientDisconnect:
-        raise ClientDisconnected from None
+        raise errors.ClientDisconnected from None
     return bytes(body)
 
 
@@ -70,7 +64,7 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         async with asyncio.timeout(None) as presence, in_background(listen()):
             yield
     except TimeoutError:
-        raise ClientDisconnected from None
+        raise errors.ClientDisconnected from None
 
 
 @asynccontextmanager
@@ -87,11 +81,11 @@ def json_response(content: object, status: int = 200, headers: Headers = None) -
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
-async def error_response(connection: HTTPConnection, error: ChatError) -> Response:
+async def error_response(connection: HTTPConnection, error: errors.ChatError) -> Response:
     """Render an error of ours, and note it for the log."""
     connection.scope["chat.log_fields"] = error.log_fields
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
-    if isinstance(error, BodyCompressed | BodyTooLarge | BodyTooSlow | Draining):
+    if isinstance(error, CLOSING):
         headers["connection"] = "close"  # the rest of the body is not read, or nothing is any more
     return json_response({"error": str(error)}, error.status, headers)
 
@@ -101,5 +95,4 @@ async def routing_error(request: Request, error: HTTPException) -> Response:
     if not error.headers:
         return json_response({"error": NO_SUCH_PATH}, error.status_code)
     allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
-    message = f"method not allowed; use {allowed}"
-    return json_response({"error": message}, error.status_code, {"Allow": allowed})
+    return json_response({"error": f"method not allowed; use {allowed}"}, 405, {"Allow": allowed})

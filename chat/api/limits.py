@@ -1,24 +1,20 @@
-"""
-How often each client may chat: a token bucket, in Redis or here. It is kept as one number, the
-moment at which it will be full again (the "generic cell rate algorithm").
-"""
+"""How often each client may chat: a token bucket, kept as the moment it is full again (GCRA)."""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from ipaddress import IPv6Address, IPv6Network
 from math import ceil
 from typing import NamedTuple
 
 from chat.errors import RateLimited
-from chat.storage.redis import RedisClient
+from chat.storage.redis import RedisClient, hashed_key
 
 CLIENTS = 100_000  # clients that a process remembers: some 20 MB
 ROUNDING = 1e-6  # seconds by which sums and differences of clocks may be off
+Clock = Callable[[], float]
 WINDOWS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-
 # Returns whether the request is allowed, and the seconds until the bucket is full again.
 SCRIPT = """
 local clock = redis.call('TIME')
@@ -68,9 +64,7 @@ def client_key(client: str) -> str:
 class RateLimiter:
     """The buckets of all clients; kept in this process while Redis is not there."""
 
-    def __init__(
-        self, rate: str, redis: RedisClient | None, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, rate: str, redis: RedisClient | None, clock: Clock = time.monotonic) -> None:
         limit, _, unit = rate.partition("/")
         self._rate = rate, int(limit), WINDOWS[unit]
         self._redis, self._clock = redis, clock
@@ -80,10 +74,9 @@ class RateLimiter:
         """Take one request out of a client's bucket, if there is one in it."""
         key, (_, limit, window) = client_key(client), self._rate
         if self._redis:
-            # What is left in the bucket of another limit says nothing.
-            name = f"chat:rate:{limit}:{window}:{sha256(key.encode()).hexdigest()}"
-            command = ("EVAL", SCRIPT, 1, name, limit, window)
-            if found := (await self._redis.try_all([command]))[0]:
+            name = hashed_key(f"rate:{limit}:{window}", key)  # another rate has other buckets
+            (found,) = await self._redis.try_all([("EVAL", SCRIPT, 1, name, limit, window)])
+            if found:
                 return Allowance(*self._rate, bool(found[0]), float(found[1]))
         now = self._clock()
         full_at = max(now, self._full_at.pop(key, 0.0))

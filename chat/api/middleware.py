@@ -38,9 +38,9 @@ class RequestMiddleware:
         request_id = Headers(scope=scope).get("x-request-id", "")
         if not SANE_REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"
-        token, started_at = logs.request_id.set(request_id), time.perf_counter()
+        logs.request_id.set(request_id)  # for this task, which the server starts for each request
         scope["chat.send"] = send  # the server's own
-        status = ClientDisconnected.status  # until a response begins
+        started_at, status = time.perf_counter(), ClientDisconnected.status  # until a response
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -63,28 +63,24 @@ class RequestMiddleware:
             logger.exception("unexpected error in a request")
             await response(scope, receive, send_with_id)
         finally:
-            duration, labels = time.perf_counter() - started_at, _labels(scope)
-            metrics.http_requests(*labels, status).inc()
-            metrics.http_request_duration(*labels).observe(duration)
-            fields = {"duration_ms": round(duration * 1000, 1), **scope.get("chat.log_fields", {})}
-            reply = scope.get("chat.reply")
-            log_request(scope, status, fields | reply.summary() if reply else fields)
-            logs.request_id.reset(token)
+            reply, fields = scope.get("chat.reply"), scope.get("chat.log_fields", {})
+            fields = fields | reply.summary() if reply else fields
+            log_request(scope, status, fields, time.perf_counter() - started_at)
 
 
-def log_request(scope: Scope, status: int, fields: dict[str, Any]) -> None:
-    """Log and count a request; a message on a WebSocket is one of its own."""
+def log_request(scope: Scope, status: int, fields: dict[str, Any], duration: float = 0) -> None:
+    """Log and count a request, or a message on a WebSocket, which has no duration of its own."""
+    method, route = scope.get("method", "GET"), scope.get("route")
+    method = method if method in METHODS else "OTHER"
+    endpoint = route.path if route else "unmatched"  # a path would be an unbounded label, or secret
+    line = {"method": method, "endpoint": endpoint, "status": status, "client": client_of(scope)}
+    if duration:
+        metrics.http_requests(method, endpoint, status).inc()
+        metrics.http_request_duration(method, endpoint).observe(duration)
+        line["duration_ms"] = round(duration * 1000, 1)
     if "error" in fields:
         metrics.errors[fields["error"]].inc()
-    method, endpoint = _labels(scope)
-    line = {"method": method, "endpoint": endpoint, "status": status, "client": client_of(scope)}
-    is_failed = status >= 500 or fields.get("outcome") == "failed"
+    is_failed = status >= 500 or (status < 400 and fields.get("outcome") == "failed")
     is_probe = status == 200 and endpoint in ("/health", "/ready", "/metrics")
     level = logging.WARNING if is_failed else logging.DEBUG if is_probe else logging.INFO
     logger.log(level, "%s %s %d", method, endpoint, status, extra={"fields": line | fields})
-
-
-def _labels(scope: Scope) -> tuple[str, str]:
-    """Return the method and the route's template: a path would be an unbounded label, or secret."""
-    method, route = scope.get("method", "GET"), scope.get("route")
-    return method if method in METHODS else "OTHER", route.path if route else "unmatched"

@@ -1,7 +1,4 @@
-"""
-Which pages may use the service: its own, and those of the allowed origins. CORS would not be
-enough: a form or a WebSocket of any page reaches a service on a private network.
-"""
+"""Which pages may use the service; CORS alone stops neither a form nor a WebSocket of others."""
 
 from collections.abc import Sequence
 
@@ -24,8 +21,7 @@ class OriginMiddleware:
     """Pure ASGI; refuses requests from pages of other origins."""
 
     def __init__(self, app: ASGIApp, *, allowed: Sequence[str]) -> None:
-        self.app = app
-        self._allowed = frozenset(allowed)
+        self.app, self._allowed = app, frozenset(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(raw=scope.get("headers", []))

@@ -28,7 +28,8 @@ class ChatSocket:
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket, self._scope, self._state = websocket, websocket.scope, websocket.app.state
-        self._idle: asyncio.Timeout | None = None
+        self._idle_limit = self._state.settings.idle_timeout
+        self._idle = asyncio.timeout(None)
         self._reply: Reply | None = None
         self._answering: asyncio.Task[None] | None = None
 
@@ -42,8 +43,7 @@ class ChatSocket:
             while (message := await self._receive())["type"] == "websocket.receive":
                 await self._handle(message)
             if message.get("code") == errors.BodyTooLarge.close_code:  # uvicorn has told the client
-                error = errors.BodyTooLarge
-                log_request(self._scope, error.status, {"error": error.reason})
+                log_request(self._scope, 413, {"error": errors.BodyTooLarge.reason})
         except errors.ClientIdle as idle:
             await self._send({"error": str(idle)}, idle.close_code)
         except Exception:
@@ -56,14 +56,11 @@ class ChatSocket:
 
     async def _receive(self) -> Message:
         """Return the next message; while no reply is in progress, one must come in time."""
-        limit = self._state.settings.idle_timeout
         try:
-            async with asyncio.timeout(None if self._answering else limit) as self._idle:
+            async with asyncio.timeout(None if self._answering else self._idle_limit) as self._idle:
                 return await self._websocket.receive()
         except TimeoutError:
-            raise errors.ClientIdle(limit) from None
-        finally:
-            self._idle = None
+            raise errors.ClientIdle(self._idle_limit) from None
 
     async def _handle(self, message: Message) -> None:
         try:
@@ -112,11 +109,9 @@ class ChatSocket:
             await self._send({"error": str(error)}, error.close_code)
         finally:
             self._answering = None
-            if self._idle:
-                now = asyncio.get_running_loop().time()
-                self._idle.reschedule(now + self._state.settings.idle_timeout)
-            status = reply.error.status if reply.error else 200
-            log_request(self._scope, status, reply.summary())
+            with suppress(RuntimeError):  # no message is waited for
+                self._idle.reschedule(asyncio.get_running_loop().time() + self._idle_limit)
+            log_request(self._scope, reply.error.status if reply.error else 200, reply.summary())
 
     async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
         texts = [msgspec.json.encode({"token": token}) for token in tokens]

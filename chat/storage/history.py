@@ -9,10 +9,7 @@ SHARED = "shared"  # the conversation of all clients that name none; too short f
 
 
 class History(Protocol):
-    """
-    Where conversations are kept. Operations are atomic; storing is not interrupted by cancelling
-    its caller, and done later where the others raise `HistoryUnavailable`.
-    """
+    """Each operation is atomic; storing outlasts its caller and raises no `HistoryUnavailable`."""
 
     async def read(self, conversation: str) -> Sequence[Exchange]: ...  # a snapshot, oldest first
     async def append(self, conversation: str, exchange: Exchange) -> None: ...  # drops the oldest

@@ -1,13 +1,10 @@
-"""
-Redis with a time limit: one server or a cluster. The only place that names redis-py.
-
-What a chat can do without is given up soon, and not asked for while Redis is in trouble.
-"""
+"""Redis with a time limit: one server or a cluster. The only place that names redis-py."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
+from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -24,15 +21,10 @@ from chat.errors import HistoryUnavailable
 logger = logging.getLogger(__name__)
 
 OPTIONAL_TIMEOUT = 0.025  # seconds; a chat asks twice at most for what it can do without
-REQUIRED_TIMEOUT = 1.0
-NODE_TIMEOUT = 0.8  # after which redis-py looks for a cluster's node elsewhere; less than the above
-CHECK_TIMEOUT = 2.0  # a hung node takes NODE_TIMEOUT twice: in the look-up and in the probe
-CHECK_INTERVALS = {True: 5.0, False: 1.0}  # seconds while Redis is up, and while it is down
-START_TIMEOUT = 0.5
-MAX_CONNECTIONS = 50
-NODE_CONNECTIONS = 1000  # beyond them, redis-py fails in a cluster
+NODE_TIMEOUT = 0.8  # after which redis-py looks for a node elsewhere; shorter than a command's 1 s
 # The last two: raised by redis-py when a node dies while it connects to it.
 FAULTS = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError)
+Server = Redis | RedisCluster
 Command = Sequence[str | int | bytes]
 # The service's commands, also in scripts: a full Redis, or a replica, responds to PING.
 PROBE = ["SET KEY 1 PX 1000", "GET KEY", "DEL KEY", "RPUSH KEY 1", "PEXPIRE KEY 1000", "LPOS KEY 1"]
@@ -43,26 +35,25 @@ PLAIN_WORDS: Any = {TimeoutError: "no response, or no TLS", InvalidResponse: "it
 class RedisClient:
     """Commands to Redis, without retries; `is_up` is what the last check found."""
 
-    def __init__(self, redis: Redis | RedisCluster, optional_timeout: float) -> None:
-        self.is_up = False
+    def __init__(self, redis: Server, optional_timeout: float = OPTIONAL_TIMEOUT) -> None:
         self._redis, self._optional_timeout = redis, optional_timeout
-        self._is_usable = False  # nothing optional is asked for before a check succeeds
-        self._suspect = asyncio.Event()
+        self.is_up, self._fault = False, ""
+        self._suspect = asyncio.Event()  # set by a fault; nothing optional is sent until a check
         self._waiting: list[Command] = []
-        self._fault = ""
 
     async def execute(self, *command: str | int | bytes) -> Any:
-        """Return the response; raise `HistoryUnavailable` if there is none, or it is a refusal."""
-        return await self._limited(self._redis.execute_command(*command), REQUIRED_TIMEOUT, command)
+        """Return the response; raise `HistoryUnavailable` if it is a refusal or takes a second."""
+        try:
+            return await self._within(1.0, self._redis.execute_command(*command))
+        except FAULTS as error:
+            self._note_fault(error, command)
+            raise HistoryUnavailable from error
 
     async def try_all(self, commands: Sequence[Command]) -> list[Any]:
-        """
-        Return the response to each command, or None if it was refused, or if Redis does not respond
-        soon. What comes in one turn of the event loop is sent together, at a third of the cost.
-        """
-        if not self._is_usable:
+        """Return the response to each command, or None if it was refused or there is none soon."""
+        if not self.is_up or self._suspect.is_set():
             return [None] * len(commands)
-        if not self._waiting:
+        if not self._waiting:  # what comes in one turn of the event loop costs a third if together
             self._sending = asyncio.create_task(self._send_waiting())
         begin, end = len(self._waiting), len(self._waiting) + len(commands)
         self._waiting += commands
@@ -75,76 +66,69 @@ class RedisClient:
             pipeline.execute_command(*command)
         try:
             sending = pipeline.execute(raise_on_error=False)
-            responses = await self._limited(sending, self._optional_timeout, commands[0])
-        except HistoryUnavailable:
-            return [None] * len(commands)
-        for response, command in zip(responses, commands, strict=True):
+            responses: list[Any] = await self._within(self._optional_timeout, sending)
+        except FAULTS as error:
+            responses = [error] * len(commands)
+        for number, response in enumerate(responses):
             if isinstance(response, FAULTS):
-                self._note_fault(response, command)
-        return [None if isinstance(each, FAULTS) else each for each in responses]
+                self._note_fault(response, commands[number])
+                responses[number] = None
+        return responses
 
     async def check_forever(self) -> None:
         """Check now and then, and at once after a fault, whether Redis accepts commands."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_INTERVALS[self.is_up]):
+                async with asyncio.timeout(5 if self.is_up else 1):
                     await self._suspect.wait()
-            self._suspect.clear()
-            await self.check(CHECK_TIMEOUT)
+            await self.check()
 
-    async def check(self, timeout: float) -> None:
+    async def check(self, timeout: float = 2.0) -> None:  # a hung node takes NODE_TIMEOUT twice
         """Find out whether Redis accepts commands."""
         try:
-            async with asyncio.timeout(timeout):
-                fault = await self._uninterrupted(self._probe())
+            fault = await self._within(timeout, self._probe())
         except Exception as error:  # a bug must not end the checks either
             fault = _reason(error)
             if not isinstance(error, FAULTS):
                 logger.exception("unexpected error in the check of Redis")
-        if fault and fault != self._fault:
-            logger.warning("Redis %s", fault)
-        elif not (fault or self.is_up):
+        if fault:
+            self._warn(fault)
+        elif not self.is_up:
             logger.info("Redis is up")
-        self._fault = fault or (self._fault if self.is_up else "")
-        self.is_up = self._is_usable = not fault
+            self._fault = ""
+        self.is_up = not fault
+        self._suspect.clear()
         metrics.REDIS_UP.set(self.is_up)
         metrics.EVENT_LOOP_TASKS.set(len(asyncio.all_tasks()))  # a function does not serve workers
 
-    async def _limited(self, response: Awaitable[Any], timeout: float, command: Command) -> Any:
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._uninterrupted(response)
-        except FAULTS as error:
-            self._note_fault(error, command)
-            raise HistoryUnavailable from error
-
     def _note_fault(self, fault: Exception, command: Command) -> None:
-        self._is_usable = False
         self._suspect.set()
-        reason = _reason(fault, command)
-        if isinstance(fault, ResponseError) and self.is_up and reason != self._fault:
-            self._fault = reason
-            logger.warning("Redis %s", reason)
+        if self.is_up and isinstance(fault, ResponseError):
+            self._warn(_reason(fault, command))
 
-    def _uninterrupted(self, response: Awaitable[Any]) -> Awaitable[Any]:
-        """Keep time limits from cancelling a cluster's look-up of its nodes: it would close all."""
-        if isinstance(self._redis, Redis):
-            return response
-        running = asyncio.ensure_future(response)
-        running.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return asyncio.shield(running)
+    def _warn(self, fault: str) -> None:
+        if fault != self._fault:
+            logger.warning("Redis %s", fault)
+        self._fault = fault
+
+    async def _within(self, timeout: float, response: Awaitable[Any]) -> Any:
+        if isinstance(self._redis, RedisCluster):  # a cancelled look-up of nodes would close all
+            running = asyncio.ensure_future(response)
+            running.add_done_callback(lambda done: done.cancelled() or done.exception())
+            response = asyncio.shield(running)
+        async with asyncio.timeout(timeout):
+            return await response
 
     async def _probe(self) -> str:
+        """Return what is wrong with the nodes, or nothing if one of them accepts all commands."""
         redis, keys = self._redis, [f"chat:probe:{uuid4().hex}" for _ in range(100)]
-        nodes = {"": keys[0]}
+        nodes: dict[Any, str] = {None: keys[0]}
         if isinstance(redis, RedisCluster):
             await redis.initialize()
-            nodes = {str(redis.get_node_from_key(key)): key for key in keys}
-        faults = await asyncio.gather(*map(self._probe_node, nodes.values()))
-        return "" if "" in faults else faults[0]
+            nodes = {redis.get_node_from_key(key): key for key in keys}
+        return min(await asyncio.gather(*map(self._probe_node, nodes.values())))
 
     async def _probe_node(self, key: str) -> str:
-        """Return what is wrong with a node, or nothing."""
         for command in [each.replace("KEY", key).split() for each in PROBE]:
             try:
                 await self._redis.execute_command(*command)
@@ -162,7 +146,7 @@ def _reason(error: BaseException, command: Command = ("a connection",)) -> str:
     return f"is down ({PLAIN_WORDS.get(type(error)) or str(error) or type(error).__name__})"
 
 
-def _connect(address: str, password: str) -> Redis | RedisCluster:
+def _connect(address: str, password: str) -> Server:
     """Make a client for an address as `chat.config` accepts it; it connects when first used."""
     scheme, _, rest = (address if "://" in address else f"redis://{address}").partition("://")
     first, *others = rest.split(",")
@@ -171,24 +155,26 @@ def _connect(address: str, password: str) -> Redis | RedisCluster:
     options["password"] = password or None  # a URL's own goes first
     if scheme.endswith("+cluster"):
         options |= {"socket_timeout": NODE_TIMEOUT, "socket_connect_timeout": NODE_TIMEOUT}
-        options |= {"max_connections": NODE_CONNECTIONS, "reinitialize_steps": 0}
+        options |= {"max_connections": 1000, "reinitialize_steps": 0}  # it fails beyond them
         parts = [urlsplit(f"//{node}") for node in others]
         nodes = [ClusterNode(part.hostname or "", part.port or 6379) for part in parts]
         return RedisCluster.from_url(url, startup_nodes=nodes, **options)
     # The limits of time are ours: on Python 3.11, redis-py's can swallow a cancellation.
     options |= {"socket_timeout": None, "socket_connect_timeout": None, "timeout": None}
-    pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, **options)
-    return Redis.from_pool(pool)
+    return Redis.from_pool(BlockingConnectionPool.from_url(url, max_connections=50, **options))
+
+
+def hashed_key(kind: str, secret: str) -> str:
+    """Return the key for a conversation, a text or an address that no dump of Redis shows."""
+    return f"chat:{kind}:{sha256(secret.encode()).hexdigest()}"
 
 
 @asynccontextmanager
-async def open_redis(
-    address: str, password: str, optional_timeout: float = OPTIONAL_TIMEOUT
-) -> AsyncIterator[RedisClient]:
+async def open_redis(address: str, password: str, **limits: float) -> AsyncIterator[RedisClient]:
     """Open a client to a Redis that need not be there yet, and keep checking it."""
     redis = _connect(address, password)
-    client = RedisClient(redis, optional_timeout)
-    await client.check(START_TIMEOUT)
+    client = RedisClient(redis, **limits)
+    await client.check(timeout=0.5)
     checking = asyncio.create_task(client.check_forever())
     try:
         yield client

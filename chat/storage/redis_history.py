@@ -1,13 +1,9 @@
-"""
-Conversations in Redis, for all replicas: a list each, so that a cluster can spread them, under a
-hash of its id, so that a dump of the keys opens no conversation.
-"""
+"""Conversations in Redis, for all replicas: a list each, so that a cluster can spread them."""
 
 import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from hashlib import sha256
 from uuid import uuid4
 
 import msgspec
@@ -16,17 +12,12 @@ from chat import metrics
 from chat.config import Settings
 from chat.errors import HistoryUnavailable
 from chat.messages import Exchange
-from chat.storage.redis import Command, RedisClient
+from chat.storage.redis import Command, RedisClient, hashed_key
 
 logger = logging.getLogger(__name__)
 
-STORE_TIMEOUT = 30.0  # seconds after which an exchange that cannot be stored is lost
 WAIT_FOR_STORE = 1.0  # seconds that a chat waits for its exchange to be stored
-RETRY_INTERVAL = 0.5
-CLOSE_TIMEOUT = 3.0  # seconds to wait at shutdown for what is still to be stored
-
 READ = "redis.call('PEXPIRE', KEYS[1], ARGV[1]) return redis.call('LRANGE', KEYS[1], 0, -1)"
-
 # ARGV: limit, expiry, `add` or `replace`, exchanges. It may be repeated if a response is lost.
 STORE = """
 if redis.call('LPOS', KEYS[1], ARGV[#ARGV]) then return end
@@ -35,25 +26,22 @@ for number = 4, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[number]) end
 redis.call('LTRIM', KEYS[1], -ARGV[1], -1)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
-STORED = tuple[str, Exchange]  # the id distinguishes it from one with the same text
 
 
 class RedisHistory:
-    """The store that replicas share."""
+    """The store that replicas share; what it cannot store within `patience` seconds is lost."""
 
-    def __init__(
-        self, settings: Settings, redis: RedisClient, store_timeout: float = STORE_TIMEOUT
-    ) -> None:
-        self._redis, self._store_timeout = redis, store_timeout
+    def __init__(self, settings: Settings, redis: RedisClient, patience: float = 30.0) -> None:
+        self._redis, self._patience = redis, patience
         self._max_exchanges = settings.max_exchanges
         self._ttl = int(settings.conversation_ttl * 1000)
         self._storing: set[asyncio.Task[None]] = set()
 
     async def read(self, conversation: str) -> Sequence[Exchange]:
-        exchanges = []
-        for stored in await self._redis.execute("EVAL", READ, 1, _key(conversation), self._ttl):
+        key, exchanges = hashed_key("history", conversation), []
+        for stored in await self._redis.execute("EVAL", READ, 1, key, self._ttl):
             with suppress(msgspec.MsgspecError):  # written by another version, or by someone else
-                exchanges.append(msgspec.json.decode(stored, type=STORED)[1])
+                exchanges.append(msgspec.json.decode(stored, type=tuple[str, Exchange])[1])
         return exchanges
 
     async def append(self, conversation: str, exchange: Exchange) -> None:
@@ -63,21 +51,20 @@ class RedisHistory:
         await self._store(conversation, exchanges[-self._max_exchanges :], "replace")
 
     async def forget(self, conversation: str) -> None:
-        await self._redis.execute("DEL", _key(conversation))
+        await self._redis.execute("DEL", hashed_key("history", conversation))
 
     async def aclose(self) -> None:
         """Wait a while for what is still to be stored, and give up the rest."""
-        if self._storing:
-            await asyncio.wait(self._storing, timeout=CLOSE_TIMEOUT)
-        for storing in self._storing:
-            storing.cancel()
-        await asyncio.gather(*self._storing, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(3):
+                await asyncio.gather(*self._storing, return_exceptions=True)
 
     async def _store(self, conversation: str, exchanges: Sequence[Exchange], how: str) -> None:
         """Store exchanges; if that takes longer than a moment, go on in the background."""
-        stored = [msgspec.json.encode((uuid4().hex, each)) for each in exchanges]
-        command = ("EVAL", STORE, 1, _key(conversation), self._max_exchanges, self._ttl, how)
-        storing = asyncio.create_task(self._store_patiently((*command, *stored), len(stored)))
+        key, limit = hashed_key("history", conversation), self._max_exchanges
+        stored = [msgspec.json.encode((uuid4().hex, each)) for each in exchanges]  # no two alike
+        command: Command = ("EVAL", STORE, 1, key, limit, self._ttl, how, *stored)
+        storing = asyncio.create_task(self._store_patiently(command, len(stored)))
         self._storing.add(storing)
         storing.add_done_callback(self._storing.discard)
         try:
@@ -88,16 +75,12 @@ class RedisHistory:
 
     async def _store_patiently(self, command: Command, count: int) -> None:
         try:
-            async with asyncio.timeout(self._store_timeout):
+            async with asyncio.timeout(self._patience):
                 while True:
                     with suppress(HistoryUnavailable):
                         await self._redis.execute(*command)
                         return
-                    await asyncio.sleep(RETRY_INTERVAL)
+                    await asyncio.sleep(0.5)
         except (TimeoutError, asyncio.CancelledError):
             metrics.HISTORY_LOST.inc(count)
             logger.error("exchanges lost (%d): Redis did not accept them", count)
-
-
-def _key(conversation: str) -> str:
-    return "chat:history:" + sha256(conversation.encode()).hexdigest()
