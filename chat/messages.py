@@ -9,16 +9,9 @@ import msgspec
 from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-EMPTY = str(MissingMessages()).replace("messages is missing", "the body is empty")
-MISSING = re.compile("Object missing required field `(.+)`")
-KINDS = re.compile(r"`(\w+)[^`]*`")
 JSON_KINDS = {"bool": "true or false", "str": "a string", "array": "an array"}
 JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
-HALF_CHARACTER = re.compile(
-    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
-)
-CONVERSATION_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
+HALF_CHARACTER = re.compile(rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]")
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -57,9 +50,9 @@ _REQUEST = msgspec.json.Decoder(ChatRequest)
 def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:
     """Decode and check what a client sent; raise `BadRequest` if it breaks a rule."""
     received = body.encode(errors="replace") if isinstance(body, str) else body
-    received = received.removeprefix(BYTE_ORDER_MARK)
+    received = received.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if not received.strip():
-        raise BadRequest(EMPTY)
+        raise BadRequest(str(MissingMessages()).replace("messages is missing", "the body is empty"))
     try:
         request = _decode(received)
     except msgspec.ValidationError as error:
@@ -100,9 +93,10 @@ def _in_the_words_of_json(error: str) -> str:
     """Translate an error of msgspec's, such as "Expected `str`, got `int` - at `$.stream`"."""
     what, _, path = error.partition(" - at `$")
     path = path.strip("`.")
-    if missing := MISSING.match(what):
-        return f"{path}.{missing[1]} is missing"
-    expected, found = (JSON_KINDS.get(kind, kind) for kind in KINDS.findall(what)[:2])
+    kinds = re.findall(r"`(\w+)[^`]*`", what)  # or the one name of a missing member
+    if what.startswith("Object missing"):
+        return f"{path}.{kinds[0]} is missing"
+    expected, found = (JSON_KINDS.get(kind, kind) for kind in kinds)
     return f"{path or 'the body'} must be {expected}, not {found}"
 
 
@@ -135,5 +129,5 @@ def _check(request: ChatRequest) -> None:
 
 def check_conversation_id(conversation: str) -> None:
     """Raise `BadRequest` unless the id has the form that makes it hard to guess."""
-    if CONVERSATION_ID.fullmatch(conversation) is None:
+    if re.fullmatch("[A-Za-z0-9_-]{16,64}", conversation) is None:
         raise BadRequest("conversation must be 16 to 64 characters of A-Z a-z 0-9 _ -")

@@ -1,11 +1,8 @@
-"""
-One turn of a chat, the same for every transport: the only place where history, token counts and
-Groq meet.
-"""
+"""One turn of a chat: the only place where history, token counts and Groq meet."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +10,7 @@ from itertools import chain
 from chat import errors, metrics
 from chat.config import Settings
 from chat.llm.client import GroqClient
+from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest, Exchange, Message, flatten
 from chat.prompt import fit, split
 from chat.reply import Reply, Usage
@@ -20,8 +18,6 @@ from chat.storage.history import SHARED, History
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
 logger = logging.getLogger(__name__)
-
-TOO_LONG = "the message is too long for the model; send a shorter one"
 
 
 @dataclass(slots=True)
@@ -57,14 +53,8 @@ class ChatService:
         self._room = settings.context_tokens  # for a history; less once the model has refused it
 
     @asynccontextmanager
-    async def answer(
-        self, request: ChatRequest, reply: Reply
-    ) -> AsyncIterator[AsyncGenerator[list[str], None]]:
-        """
-        Give the tokens of the reply, a read at a time, for as long as the context lasts; leaving it
-        stops Groq. The exchange is stored before the tokens end. On entry or exit, `ChatError` is
-        raised if the reply was not admitted, failed or was cancelled.
-        """
+    async def answer(self, request: ChatRequest, reply: Reply) -> AsyncIterator[TokenStream]:
+        """Give the tokens; leaving the context stops Groq; raise `ChatError` if the reply fails."""
         self._admit(reply)
         with self._counted(reply):
             if reply.is_cancelled:
@@ -152,9 +142,8 @@ class ChatService:
     def _count_tokens(self, reply: Reply, ttft_ms: float) -> None:
         usage = reply.usage or Usage()
         reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
-        reply.completion_tokens = usage.completion_tokens or (
-            estimate_tokens(reply.text) if reply.sent else 0
-        )
+        estimated = estimate_tokens(reply.text) if reply.sent else 0
+        reply.completion_tokens = usage.completion_tokens or estimated
         metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
@@ -164,12 +153,12 @@ class ChatService:
         settings, conversation = self._settings, request.conversation
         if conversation is None and settings.shared_conversation:
             conversation = SHARED
-        leading, told, new = split(request.messages)
-        before, is_transcript = list[Exchange](), bool(leading or told)
+        leading, previous, new = split(request.messages)
+        before, is_transcript = list[Exchange](), bool(leading or previous)
         if conversation and not is_transcript:
             before = [*await self._history.read(conversation)]
-        counts = iter(await self._counts.count([*chain(*told), *new]))
-        for number, messages in enumerate(told):
+        counts = iter(await self._counts.count([*chain(*previous), *new]))
+        for number, messages in enumerate(previous):
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))
         new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
@@ -181,7 +170,7 @@ class ChatService:
         reply.prompt_tokens = turn.known_tokens + new_count.tokens
         return turn
 
-    async def _tokens(self, turn: Turn, reply: Reply) -> AsyncGenerator[list[str], None]:
+    async def _tokens(self, turn: Turn, reply: Reply) -> TokenStream:
         refused = 0  # the tokens of the smallest prompt that was
         while not reply.is_whole:
             messages = [*turn.fixed, *flatten(turn.history), *turn.new]
@@ -195,7 +184,7 @@ class ChatService:
                 if not error.is_too_large:
                     raise
                 if not turn.history:
-                    raise errors.BadRequest(TOO_LONG) from error
+                    raise errors.BadRequest("the message is too long for the model") from error
                 refused = turn.known_tokens + turn.new_count.tokens
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()

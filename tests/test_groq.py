@@ -130,7 +130,7 @@ def test_a_server_that_does_not_accept_the_connection_is_a_504(start_service: St
 
 
 def test_only_silence_of_groqs_is_limited(start_service: StartService, groq: FakeGroq) -> None:
-    service = start_service(GROQ_TIMEOUT=0.5, GROQ_FIRST_EVENT_TIMEOUT=0.5)
+    service = start_service(GROQ_TIMEOUT=0.8, GROQ_FIRST_EVENT_TIMEOUT=0.8)
     groq.on("steady", Script(["t"] * 12, interval=0.1))
     assert service.tokens("steady") == ["t"] * 12
     token = "x" * 65_536
@@ -143,7 +143,7 @@ def test_only_silence_of_groqs_is_limited(start_service: StartService, groq: Fak
     groq.on("stalls", Script(["t", "t"], hold_before_token=1))
     for silent in ("thinks", "stalls"):
         assert "did not respond in time" in service.chat(silent, stream=True).text
-        assert groq.asked(silent)[0].is_closed_soon()
+        assert groq.wait_for_request(silent).is_closed_soon()
 
 
 @pytest.mark.parametrize("done", [True, False])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chat.llm.quota import exhausted_for, parse_duration
+from chat.llm.groq import exhausted_for, parse_duration
 
 DAY = 86_400
 

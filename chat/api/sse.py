@@ -25,7 +25,6 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 START = {"type": "http.response.start", "status": 200, "headers": HEADERS}
-LINE_END = re.compile(r"\r\n|\r|\n")
 Answer = AbstractAsyncContextManager[AsyncIterator[list[str]]]
 
 
@@ -81,7 +80,7 @@ def sse_events(tokens: Sequence[str], *, is_after_cr: bool = False) -> bytes:
         tokens = [*_with_whole_line_ends(tokens, is_after_cr)]
     if "\n" in text or "\r" in text or "[DONE]" in tokens:
         whole = {"[DONE]": "[\n\ndata: DONE]"}  # two events: the end mark stays unmistakable
-        tokens = [whole.get(token) or LINE_END.sub("\ndata: ", token) for token in tokens]
+        tokens = [whole.get(token) or re.sub(r"\r\n?|\n", "\ndata: ", token) for token in tokens]
     return ("data: " + "\n\ndata: ".join(tokens) + "\n\n").encode() if tokens else b""
 
 

@@ -1,8 +1,4 @@
-"""
-What Groq sends, as msgspec types: https://console.groq.com/docs/api-reference#chat-create
-Members that other OpenAI-compatible servers leave out, or send as null, are optional. What the
-strict decoder refuses is read leniently: odd members, content in parts, halves of characters, NaN.
-"""
+"""What Groq sends: https://console.groq.com/docs/api-reference#chat-create, and odd forms of it."""
 
 import codecs
 import json
@@ -17,10 +13,8 @@ from chat.errors import GroqReplyBroken
 from chat.reply import Usage
 
 MALFORMED = (ValueError, RecursionError)  # raised by decoding
-MAX_ODD = 100  # members of a chunk that are passed over
 # Halves of surrogate pairs; those that are left out here stand for bytes that are not UTF-8.
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-REFUSAL = re.compile(r"(?:, got `(\w+)`)? - at `\$\.(.+)`")  # of msgspec's, with kind and path
 
 
 class GroqExtra(msgspec.Struct):
@@ -70,30 +64,35 @@ def load(event: bytes) -> Any:
         raise GroqReplyBroken(cause="an event that is not JSON") from None
 
 
+def load_error(received: bytes) -> Any:
+    """Decode what tells of an error, JSON or text."""
+    try:
+        return msgspec.json.decode(received)
+    except MALFORMED:
+        return received.decode(errors="replace")
+
+
 def decode_leniently(event: bytes) -> tuple[Chunk, str]:
     """Decode one event; return also the path and kind of the first member that was passed over."""
     loaded, odd = load(event), ""
-    for _ in range(MAX_ODD if isinstance(loaded, dict) else 0):
+    for _ in range(100 if isinstance(loaded, dict) else 0):
         try:
             return msgspec.convert(loaded, Chunk), odd
         except UnicodeEncodeError:  # half of a character in a string that should be an object
             break
         except msgspec.ValidationError as error:
-            kind, path = REFUSAL.findall(str(error))[0]
+            kind, path = re.findall(r"(?:, got `(\w+)`)? - at `\$\.(.+)`", str(error))[0]
         *way, last = [int(n) if n.isdigit() else n for n in re.findall(r"\w+", path)]
         holder = reduce(getitem, way, loaded)
         found = holder.pop(last)
         if last == "content" and isinstance(found, list):
-            holder[last] = "".join(map(_text, found))
+            texts = [
+                each for each in found if isinstance(each, dict) and each.get("type") == "text"
+            ]
+            holder[last] = "".join(str(each.get("text") or "") for each in texts)
         else:
             odd = odd or f"{path}: {kind or 'out of range'}"
     raise GroqReplyBroken(cause=odd or "an event that is no object")
-
-
-def _text(part: Any) -> str:
-    """Return the text of a part of the content; thinking, for example, has none for the user."""
-    is_text = isinstance(part, dict) and part.get("type") == "text"
-    return str(part.get("text") or "") if is_text else ""
 
 
 class CharacterJoiner:
@@ -103,12 +102,7 @@ class CharacterJoiner:
         self._pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def join(self, tokens: list[str], *, is_last: bool) -> list[str]:
-        joined = [self._join(token) for token in tokens]
-        return [token for token in (*joined, self._join("", is_last=is_last)) if token]
-
-    def _join(self, token: str, *, is_last: bool = False) -> str:
+    def join(self, token: str, *, is_last: bool = False) -> str:
         text = self._pairs.decode(token.encode("utf-16-le", "surrogatepass"), is_last)
-        return self._bytes.decode(
-            LONE.sub("\ufffd", text).encode(errors="surrogateescape"), is_last
-        )
+        received = LONE.sub("\ufffd", text).encode(errors="surrogateescape")
+        return self._bytes.decode(received, is_last)

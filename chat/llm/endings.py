@@ -1,7 +1,4 @@
-"""
-How a reply ends, decided here alone: by an HTTP status, an error inside a 200, an error event, or
-the reason that the model gives. Pure functions and their tables.
-"""
+"""How a reply ends, decided here alone: by a status, an error or a finish reason. Pure."""
 
 import re
 from typing import Any

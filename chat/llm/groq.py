@@ -1,13 +1,16 @@
 """
 One request to Groq, over httpx with aiohttp as its transport: the only place that names the two.
-The protocol is https://console.groq.com/docs/api-reference#chat-create
+The protocol is https://console.groq.com/docs/api-reference#chat-create, and what the headers say
+of a model's quota https://console.groq.com/docs/rate-limits
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
+from math import ceil
 from typing import Any, Literal, cast
 
 import aiohttp
@@ -17,23 +20,21 @@ from httpx_aiohttp import AiohttpTransport
 
 from chat import errors, metrics
 from chat.config import Settings, proxy_for
-from chat.llm.chunks import MALFORMED
+from chat.llm.chunks import MALFORMED, load_error
 from chat.llm.dialects import parameters
 from chat.llm.endings import failure
-from chat.llm.quota import exhausted_for, retry_after
 from chat.llm.stream import ReplyParser, parser_for
 from chat.messages import Message
 from chat.reply import Reply
 
 KEEP_ALIVE_EXPIRY = 4.0  # seconds that an idle connection is kept: many servers close it after five
-MAX_HEADER_BYTES = 64 << 10
 ENDING_TIMEOUT = 1.0  # seconds for usage and `[DONE]` once the model has said why it stopped
 BODY_END_TIMEOUT = 0.1  # seconds after `[DONE]` for the end of the body, to keep the connection
-ERROR_TIMEOUT = 1.0
-MAX_ERROR_BYTES = 1 << 20
-LOOK_UP_TIMEOUT = 10.0
 
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
+LONGEST = 86_400  # seconds; Groq's windows are a minute and a day
 # The last: httpx-aiohttp cannot encode a reason phrase that is not UTF-8.
 FAULTS = (httpx.HTTPError, aiohttp.ClientError, UnicodeEncodeError)
 LOST = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)  # a connection, by the server
@@ -98,7 +99,7 @@ class Groq:
     async def look_up(self) -> ModelState:
         """Find out whether the server knows the key and the model; unknown if it does not say."""
         with suppress(TimeoutError, LookupError, TypeError, *FAULTS, *MALFORMED):
-            async with asyncio.timeout(LOOK_UP_TIMEOUT):
+            async with asyncio.timeout(10):
                 request = self._request("GET", f"{self._base_url}/models")
                 async with aclosing(await self._transport.handle_async_request(request)) as answer:
                     if answer.status_code != 200:
@@ -134,14 +135,33 @@ class Groq:
         return response
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as `2m59.56s`, at most a day; 0 if it is malformed."""
+    parts = DURATION.findall(text)
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
+    return min(seconds, LONGEST) if "".join(map("".join, parts)) == text else 0.0
+
+
+def retry_after(headers: Mapping[str, str]) -> int:
+    """Return for how many seconds the server asks for no further request; 0 if it does not."""
+    return ceil(parse_duration(headers.get("retry-after", "") + "s"))
+
+
+def exhausted_for(status: int, headers: Mapping[str, str]) -> float:
+    """Return for how many seconds the model should not be asked, by the headers of a response."""
+    wait: float = retry_after(headers) if status == 429 else 0
+    for kind in ("requests", "tokens"):
+        if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+            wait = max(wait, parse_duration(headers.get(f"x-ratelimit-reset-{kind}", "")))
+    return wait
+
+
 async def _refusal(response: httpx.Response) -> errors.GroqError:
     """Return what a response with an error status means."""
     status, said = response.status_code, b""
     if status in (400, 422, 500):
         said = await _read_beginning(response)
-    with suppress(*MALFORMED):
-        return failure(status, msgspec.json.decode(said), retry_after(response.headers))
-    return failure(status, said.decode(errors="replace"), retry_after(response.headers))
+    return failure(status, load_error(said), retry_after(response.headers))
 
 
 async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> list[str]:
@@ -160,8 +180,8 @@ async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> list[
 async def _read_beginning(response: httpx.Response) -> bytes:
     """Return a body that should be short, unless it is slow."""
     with suppress(TimeoutError, *FAULTS):
-        async with asyncio.timeout(ERROR_TIMEOUT):
-            return await anext(response.aiter_raw(MAX_ERROR_BYTES), b"")
+        async with asyncio.timeout(1):
+            return await anext(response.aiter_raw(1 << 20), b"")
     return b""
 
 
@@ -209,8 +229,8 @@ async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
             session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=verify, **options),
                 cookie_jar=aiohttp.DummyCookieJar(),  # what Groq sets for one client is not others'
-                max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
+                max_line_size=64 << 10,
+                max_field_size=64 << 10,
                 trace_configs=[tracing],
             )
             transport = AiohttpTransport(

@@ -1,10 +1,6 @@
-"""
-Groq's replies: bytes in, tokens out. Pure state machines, without I/O. The format of a stream is
-https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-"""
+"""Groq's replies: bytes in, tokens out. Pure state machines, without I/O."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 
 import msgspec
 
@@ -15,15 +11,11 @@ from chat.reply import Usage
 
 MAX_REPLY_BYTES = 16 << 20
 MAX_EVENT_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
 
 
 class EventParser:
-    """
-    Split an event stream, however it is cut, into the data of its events; its lines end with LF,
-    CRLF or CR alone. The data of an event named `error` becomes a list in an `error` member.
-    """
+    """Split https://html.spec.whatwg.org/multipage/server-sent-events.html into events' data."""
 
     def __init__(self) -> None:
         self._rest, self._after_cr, self._is_at_start = b"", False, True
@@ -44,7 +36,7 @@ class EventParser:
     def _events(self, block: bytes) -> list[bytes]:
         if self._is_at_start:
             self._is_at_start = False
-            block = block.removeprefix(BYTE_ORDER_MARK)
+            block = block.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if block.startswith(b"data: "):
             # The common form, one line an event, needs no look at each event.
             events = block[6:].split(b"\n\ndata: ")
@@ -57,10 +49,7 @@ def _data(event: bytes) -> bytes:
     fields = [line.partition(b":")[::2] for line in event.split(b"\n")]
     data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field == b"data")
     if dict(fields).get(b"event", b"").removeprefix(b" ") == b"error":
-        with suppress(*chunks.MALFORMED):
-            msgspec.json.decode(data)
-            return b'{"error":[%b]}' % data
-        return b'{"error":[%b]}' % msgspec.json.encode(data.decode(errors="replace"))
+        return msgspec.json.encode({"error": [chunks.load_error(data)]})
     return data
 
 
@@ -100,7 +89,9 @@ class ReplyParser:
                 self.error = errors.GroqReplyCut()
             self.is_over = self.is_over or not received
             if self._joiner:
-                tokens = self._joiner.join(tokens, is_last=self.is_over or bool(self.finish_reason))
+                is_last = self.is_over or self.finish_reason is not None
+                joined = [*map(self._joiner.join, tokens), self._joiner.join("", is_last=is_last)]
+                tokens = [token for token in joined if token]
             self.has_text = self.has_text or bool(tokens)
         return tokens
 
@@ -178,7 +169,7 @@ def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     media_type = (headers.get("content-type") or asked_for).partition(";")[0].strip().lower()
     parser = PARSERS.get(media_type)
     encoding = headers.get("content-encoding") or "identity"
-    if parser is None or encoding.lower() != "identity":
-        what = f"content type {media_type:.100}, encoding {encoding:.100}"
-        raise errors.GroqReplyBroken(cause=what)
-    return ReplyParser(parser())
+    if parser and encoding.lower() == "identity":
+        return ReplyParser(parser())
+    cause = f"content type {media_type:.100}, encoding {encoding:.100}"
+    raise errors.GroqReplyBroken(cause=cause)
