@@ -11,10 +11,10 @@ from tests.servers import Service
 __all__ = ["browser"]
 pytestmark = needs_browser
 
-RENDER = """async (text) => {
-  const { showMarkdown } = await import("/static/markdown.js");
+RENDER = """async ([text, isGrowing]) => {
+  const { MarkdownView } = await import("/static/render.js");
   const container = document.createElement("div");
-  showMarkdown(container, text);
+  new MarkdownView(container).show(text, isGrowing);
   return container;
 }"""
 SHAPE = """(container) => {

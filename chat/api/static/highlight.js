@@ -44,13 +44,7 @@ const PATTERNS = new Map(
   }),
 );
 
-/**
- * Split code into strings and coloured elements.
- *
- * @param {string} code
- * @param {string} language as the reply names it; one that is not known leaves the code as it is
- * @returns {(HTMLElement | string)[]}
- */
+/** Split code into strings and coloured elements; in a language not known here it stays one. */
 export function highlight(code, language) {
   const pattern = PATTERNS.get(language.toLowerCase());
   if (!pattern || code.length > LONGEST) return [code];
