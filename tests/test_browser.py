@@ -255,11 +255,16 @@ def test_the_page_is_accessible_and_fits_the_screen(
 ) -> None:
     viewport: Any = {"light": {"width": 1440, "height": 900}, "dark": PHONE}[scheme]
     groq.on("rich", Script([RICH]))
+    groq.on("short", Script(["cut"], finish_reason="length"))
     groq.on("fail", Script(status=500))
     with open_chat(browser, service, color_scheme=scheme, viewport=viewport) as chat:
         expect(chat.page.locator("#welcome")).to_be_visible()
         check_access(chat.page)
         chat.ask("rich")
+        chat.ask("short")
+        chat.edit.click()
+        check_access(chat.page)
+        chat.cancel.click()
         chat.say("fail")
         expect(chat.again).to_be_visible()
         check_access(chat.page)

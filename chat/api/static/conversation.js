@@ -24,13 +24,8 @@ export class Conversation {
     this.exchanges = this.exchanges.filter((each) => each !== exchange);
   }
 
-  /**
-   * Ask a question at the end of the conversation, and let the exchange grow.
-   *
-   * @param {string} question
-   * @param {AbortSignal} signal stops the reply, or lets it fail with the error that is its reason
-   * @param {(exchange: object) => void} onChange
-   */
+  /** Ask a question at the end of the conversation, and tell of the exchange whenever it has changed.
+   * The signal stops the reply, or lets it fail with the error that is its reason. */
   async ask(question, signal, onChange) {
     const body = JSON.stringify(this.#requestFor(question));
     const exchange = { question, reply: "", state: "waiting", error: "", truncated: "" };

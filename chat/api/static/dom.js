@@ -1,11 +1,5 @@
-/**
- * Make an element. Text given as a child stays text: nothing here is ever parsed as HTML.
- *
- * @param {string} name
- * @param {Record<string, string | number>} attributes
- * @param {...(Node | string | (Node | string)[])} children an array for as many as there may be: a
- *   call takes only some ten thousand arguments.
- */
+/** Make an element. A child that is a string stays text: nothing here is ever parsed as HTML. An array
+ * holds as many as there may be: a call takes only some ten thousand arguments. */
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);

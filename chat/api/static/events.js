@@ -1,18 +1,12 @@
-// Server-sent events over fetch: https://html.spec.whatwg.org/multipage/server-sent-events.html
+// Server-sent events over fetch, read as the HTML standard says.
 
 /** Milliseconds without a word, not even a keep-alive, after which a connection is taken for dead. */
 const SILENCE = 60_000;
 const UNREACHABLE = "The service cannot be reached.";
 export const LOST = "The connection was lost.";
 
-/**
- * Ask, and give the events of the answer as they come. An error, or an answer that breaks off, is
- * thrown with a message for people; an abort is thrown as the signal's reason.
- *
- * @param {string} address
- * @param {RequestInit} request
- * @returns {AsyncGenerator<{event: string, data: string, id: string}>}
- */
+/** Ask, as `fetch` does, and give the events of the answer, each `{event, data, id}`. An error, or an
+ * answer that breaks off, is thrown with a message for people; an abort as the signal's reason. */
 export async function* eventsOf(address, request) {
   const silence = new AbortController();
   const signal = AbortSignal.any([request.signal, silence.signal]);

@@ -34,6 +34,10 @@ export class ExchangeView {
     return ["waiting", "streaming"].includes(this.exchange.state);
   }
 
+  get #isUnfinished() {
+    return this.exchange.state !== "done" || this.exchange.truncated !== "";
+  }
+
   /** Show what has changed: the end at once, and more text when the screen is ready for it. */
   update() {
     if (this.reply.dataset.state !== this.exchange.state) this.#showState();
@@ -65,7 +69,7 @@ export class ExchangeView {
     this.#frame = null;
     const startedAt = performance.now();
     try {
-      this.#markdown.show(this.exchange.reply, this.isRunning);
+      this.#markdown.show(this.exchange.reply, this.#isUnfinished);
     } catch (error) {
       console.error(error); // a text that cannot be shown well must not stop the conversation
       this.#part(".text").textContent = this.exchange.reply;
@@ -94,7 +98,7 @@ function noteOn({ state, reply, error, truncated }) {
     return reply ? "You stopped this reply." : "You stopped this before the reply began.";
   }
   if (truncated === "content_filter") return "A content filter cut this reply off.";
-  return truncated ? "This reply has reached its greatest length." : null;
+  return truncated ? "This reply reached its length limit." : null;
 }
 
 /** Errors come as clauses: "the language model service cannot be reached". */

@@ -87,10 +87,8 @@ function submit(event) {
   event.preventDefault();
   const text = field.value.trim();
   if (!text || running) return;
-  const before = editing;
-  stopEditing();
-  ask(text, before);
-  fill("");
+  if (!editing) fill("");
+  ask(text, editing);
 }
 
 function stop() {
@@ -102,8 +100,9 @@ function startOver() {
   running?.abort();
   running = null;
   stopEditing();
-  for (const view of views) remove(view);
   conversation.clear();
+  log.replaceChildren();
+  views = [];
   document.body.dataset.state = "idle";
   byId("welcome").hidden = false;
   announce("This is a new conversation.");
@@ -182,7 +181,6 @@ log.addEventListener("click", clickedInLog);
 byId("stop").addEventListener("click", stop);
 byId("new").addEventListener("click", startOver);
 byId("cancel").addEventListener("click", () => stopEditing());
-byId("jump").addEventListener("click", () => byId("scroller").focus({ preventScroll: true }));
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || isComposing(event)) return;
   if (running) stop();

@@ -88,7 +88,7 @@ function fragmentOf(tokens) {
   const open = [document.createDocumentFragment()];
   tokens.forEach((token, index) => {
     if (token.nesting < 0) return open.pop();
-    if (tokens[index - 2]?.type === "list_item_open") showTask(token);
+    if (tokens[index - 2]?.type === "list_item_open") showTask(token, open.at(-1).closest("li"));
     const isTooDeep = token.nesting > 0 && open.length > DEEPEST;
     const made = isTooDeep ? null : (NODES[token.type] ?? NODES.any)(token);
     const parent = open.at(-1);
@@ -151,10 +151,11 @@ function link(address) {
   return element("a", { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow" });
 }
 
-function showTask({ children }) {
+function showTask({ children }, item) {
   const [text] = children ?? [];
-  if (text?.type !== "text") return;
+  if (text?.type !== "text" || !TASK.test(text.content)) return;
   text.content = text.content.replace(TASK, (_, mark) => (mark === " " ? "☐" : "☑"));
+  item?.classList.add("task");
 }
 
 function codeBlock(content, language) {

@@ -12,6 +12,7 @@ export class EndFollower {
     Object.assign(this, { scroller, content, jump });
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     jump.addEventListener("click", () => this.goToEnd());
+    jump.addEventListener("click", () => scroller.focus({ preventScroll: true }));
     const observer = new ResizeObserver(() => this.update());
     observer.observe(scroller);
     observer.observe(content);

@@ -7,26 +7,19 @@ const DELIMITERS_AT_END = /(?<![*_~`])[*_~`]+$/;
 const LINK_AT_END = /!?\[([^[\]]*)\]\([^()\s]*$/;
 const TABLE_HEAD = /(?:^|\n)( {0,3}\|[^\n]*)\n?$/;
 
-/**
- * Return the text as it is to be read while more of it is to come; only its end is changed.
- *
- * @param {string} text
- * @param {object[]} tokens what the text is as it stands
- */
+/** Return the text, which is the tokens as it stands, as it is to be read while more is to come. */
 export function completed(text, tokens) {
   const leaf = tokens.findLast(({ nesting }) => nesting === 0);
   const start = text.lastIndexOf("\n") + 1;
   const [before, line] = [text.slice(0, start), text.slice(start)];
-  if (leaf?.type === "fence") return isPartOf(leaf.markup, line.trim()) ? before : text;
+  if (leaf?.type === "fence") return isPartOfEnd(line.trim(), leaf.markup) ? before : text;
   if (leaf?.type === "code_block") return text;
   const isInTable = tokens.at(-1)?.type === "table_close";
-  if (isInTable || !MARKS.test(line)) text = before + withClosers(line);
-  else text = before;
+  text = before !== "" && !isInTable && MARKS.test(line) ? before : before + withClosers(line);
   return tokens.at(-1)?.type === "paragraph_close" ? withTable(text) : text;
 }
 
-/** Tell whether the marks are the beginning of what ends a fence. */
-function isPartOf(fence, marks) {
+function isPartOfEnd(marks, fence) {
   return marks !== "" && marks.length < fence.length && fence.startsWith(marks);
 }
 
