@@ -194,7 +194,7 @@ NESTED = [
 REPEATED = [
     "*", "_", "**a ", "*a_", "[", "[a](", "![", "](", "`", "`a``", "<", "> ", "- ", "1. ", "| ",
     "\\", "~~", "# ", "```\n", "http://", "http://[", "https://a)", "\t- a\n", "\n", " ", "|-",
-    "```js\n/*", "```js\n'\\", '```py\n"""', "1_", "``` py\n", "`` ", "[a]: ", "&", "\n|",
+    "```js\n/*", "```js\n'\\", '```py\n"""', "1_", "``` py\n", "`` ", "[a]: ", "&", "\n|", "<br>",
 ]  # fmt: skip
 MANY = ["a\n\n", "a\n", "- a\n", "**a** ", "`a` ", "|a\n"]  # more than a call takes arguments
 LONGEST = 5_000  # milliseconds for one text; most take less than 100 on an idle machine

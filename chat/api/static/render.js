@@ -104,7 +104,7 @@ const NODES = {
   inline: ({ children }) => fragmentOf(children),
   text: ({ content }) => {
     const [first, ...others] = content.split(BREAK_TAG);
-    return fragment(first, ...others.flatMap((part) => [element("br"), part]));
+    return fragment([first, ...others.flatMap((part) => [element("br"), part])]);
   },
   code_inline: ({ content }) => element("code", {}, content),
   paragraph_open: ({ hidden }) => (hidden ? null : element("p")),
@@ -127,15 +127,15 @@ const NODES = {
   link_open: (token) => link(token.attrGet("href")),
   image: (token) => {
     const address = token.attrGet("src");
-    const made = link(address) ?? fragment();
+    const made = link(address) ?? fragment([]);
     made.append(token.content || address);
     return made;
   },
 };
 
-function fragment(...nodes) {
+function fragment(nodes) {
   const made = document.createDocumentFragment();
-  for (const node of nodes) made.append(node); // a call takes only some ten thousand arguments
+  for (const node of nodes) made.append(node);
   return made;
 }
 

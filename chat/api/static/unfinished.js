@@ -5,6 +5,8 @@
 const MARKS = /^[ \t>]*(?:\d{1,9}[.)]?)?[-+*=_~`#|: \t]*$/;
 const DELIMITERS_AT_END = /(?<![*_~`])[*_~`]+$/;
 const LINK_AT_END = /!?\[([^[\]]*)\]\([^()\s]*$/;
+/** More columns are no table that is being written, but would keep the browser busy for seconds. */
+const MOST_COLUMNS = 50;
 const TABLE_HEAD = /(?:^|\n)( {0,3}\|[^\n]*)\n?$/;
 
 /** Return the text, which is the tokens as it stands, as it is to be read while more is to come. */
@@ -63,5 +65,5 @@ function withTable(text) {
   const head = TABLE_HEAD.exec(text)?.[1].trim();
   if (!head) return text;
   const columns = head.slice(1).replace(/\|$/, "").split(/(?<!\\)\|/).length;
-  return `${text.trimEnd()}\n${"|-".repeat(columns)}|`;
+  return columns > MOST_COLUMNS ? text : `${text.trimEnd()}\n${"|-".repeat(columns)}|`;
 }
