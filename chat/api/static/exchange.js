@@ -54,7 +54,7 @@ export class ExchangeView {
     this.#part(".note").hidden = note === null;
     if (note === null) return;
     this.#part(".note-text").textContent = note;
-    this.#part(".go-on").hidden = state === "failed" || !canGoOn(this.exchange);
+    this.#part(".go-on").hidden = !canGoOn(this.exchange);
     this.#part(".retry").hidden = state === "done" || (state === "stopped" && reply !== "");
   }
 
