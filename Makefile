@@ -5,8 +5,11 @@ PORT ?= 8000
 VENV := .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+VENDOR := chat/api/static/vendor
+# The Markdown parser of the chat page, and the libraries that its bundle contains.
+VENDORED := entities@8.1.0 linkify-it@6.1.0 markdown-it@15.0.3 mdurl@2.1.0 punycode.js@2.3.1 uc.micro@3.0.0
 
-.PHONY: help demo run test test-integration bench soak check audit clean
+.PHONY: help demo run test test-integration bench soak check audit vendor clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -37,6 +40,16 @@ check: $(READY)  ## lint, format, types
 
 audit: $(VENV)-audit/.installed  ## check the dependencies for known vulnerabilities
 	.ci/audit $(VENV)-audit/bin/python
+
+vendor:  ## fetch the chat page's Markdown parser from npm anew, and verify it
+	@set -e; packages=$$(mktemp -d); trap 'rm -r "$$packages"' EXIT; \
+	npm pack --silent --pack-destination "$$packages" $(VENDORED) > /dev/null; \
+	tar xzf "$$packages"/markdown-it-*.tgz -C $(VENDOR) --strip-components 3 package/dist/browser/markdown-it.esm.min.mjs; \
+	for package in "$$packages"/*.tgz; do \
+		echo "== $$(basename "$$package" .tgz)"; \
+		tar xzOf "$$package" --wildcards 'package/LICENSE*'; \
+	done > $(VENDOR)/LICENSES.txt; \
+	cd $(VENDOR); sed -n 's/^    \([0-9a-f]\{64\}  \)/\1/p' README.md | sha256sum --check
 
 clean:  ## remove what the other targets created
 	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -87,7 +87,7 @@ async def show_metrics(request: Request) -> Response:
 
 ROUTES: list[Route | WebSocketRoute] = [
     Route("/", page.chat_page),
-    Route("/static/{file}", page.chat_page),
+    Route("/static/{file:path}", page.chat_page),
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", lambda opened: websocket.ChatSocket(opened).serve()),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),

@@ -1,35 +1,34 @@
-"""The chat page while the service stops, hangs or restarts, in a real browser."""
+"""The chat page while the service stops, hangs, fails or is cut off, in a real browser."""
 
-import json
 import signal
+from typing import Any
 
-from playwright.sync_api import Browser, Page, WebSocket, WebSocketRoute, expect
+import pytest
+from playwright.sync_api import expect
 
-from tests.browser import Chat, begin_reply, browser, chat, needs_browser, open_chat
-from tests.conftest import StartService
-from tests.fake_groq import FakeGroq, Script
+from tests.browser import Chat, begin_reply, browser, chat, needs_browser
+from tests.fake_groq import FakeGroq
 from tests.servers import Service
 
 __all__ = ["browser", "chat"]
 pytestmark = needs_browser
 
 
-def test_the_connection_comes_back_after_a_restart_with_the_conversation(
+def test_a_service_that_is_down_is_an_error_and_a_restart_loses_nothing(
     service: Service, chat: Chat, groq: FakeGroq
 ) -> None:
     chat.ask("before")
     service.process.end()
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
+    chat.say("too early")
+    expect(chat.log.get_by_text("The service cannot be reached.")).to_be_visible()
     service.start()
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
-    chat.ask("after")
-    # The restart lost the history, and the page sends it again.
-    assert groq.requests[-1].contents == ["before", "You said: before", "after"]
-    chat.page.reload()
-    expect(chat.questions).to_have_text(["before", "after"])
+    chat.again.click()
+    expect(chat.replies.last).to_have_text("You said: too early")
+    assert groq.requests[-1].contents == ["before", "You said: before", "too early"]
+    assert service.contents(chat.conversation)[:2] == ["before", "You said: before"]
 
 
-def test_a_reply_cut_by_a_lost_connection_can_be_tried_again(
+def test_a_reply_cut_by_a_lost_connection_can_be_continued_or_tried_again(
     service: Service, chat: Chat, groq: FakeGroq
 ) -> None:
     begin_reply(chat, groq)
@@ -39,6 +38,9 @@ def test_a_reply_cut_by_a_lost_connection_can_be_tried_again(
     expect(chat.replies.last).to_have_text("a")
     service.start()
     groq.release()
+    chat.page.get_by_role("button", name="Go on").click()
+    expect(chat.finished).to_have_count(1)
+    assert groq.requests[-1].contents == ["slow", "a", "Go on where you stopped."]
     chat.again.click()
     expect(chat.replies.last).to_have_text("ab")
 
@@ -46,131 +48,70 @@ def test_a_reply_cut_by_a_lost_connection_can_be_tried_again(
 def test_stop_does_not_wait_for_a_service_that_hangs(
     service: Service, chat: Chat, groq: FakeGroq
 ) -> None:
-    chat.page.clock.install()
     begin_reply(chat, groq)
     service.process.send_signal(signal.SIGSTOP)
     chat.stop.click()
-    chat.page.clock.fast_forward("00:06")
+    expect(chat.log.get_by_text("You stopped this reply.")).to_be_visible()
+    service.process.send_signal(signal.SIGCONT)
+    chat.ask("next")
+    assert groq.requests[-1].contents == ["slow", "a", "next"]
+
+
+def test_a_connection_that_is_silent_for_a_minute_counts_as_lost(
+    service: Service, chat: Chat, groq: FakeGroq
+) -> None:
+    chat.page.clock.install()
+    begin_reply(chat, groq)
+    service.process.send_signal(signal.SIGSTOP)
+    chat.page.clock.fast_forward("01:01")
     expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
     service.process.send_signal(signal.SIGCONT)
 
 
-def test_a_service_that_stays_down_is_an_error_and_once_it_is_back_answers_come_soon(
-    service: Service, chat: Chat
-) -> None:
-    chat.page.clock.install()
-    chat.page.reload()
-    chat.ask("before")
-    service.process.end()
-    chat.say("too early")
-    expect(chat.log.locator("[data-state=waiting]")).to_be_visible()
-    for _ in range(8):
-        with chat.page.expect_websocket():
-            chat.page.clock.fast_forward("00:20")
-    expect(chat.log.get_by_text("The service cannot be reached.")).to_be_visible()
-    chat.say("meanwhile")
-    expect(chat.log.locator("[data-state=waiting]")).to_be_visible()
-    service.start()
-    expect(chat.replies.last).to_have_text("You said: meanwhile")
-    chat.again.click()
-    expect(chat.replies.last).to_have_text("You said: too early")
+ANSWERS: list[tuple[dict[str, Any], str]] = [
+    ({"status": 429, "json": {"error": "the rate limit is 1/hour"}}, "The rate limit is 1/hour."),
+    ({"status": 502, "body": "<html>Bad gateway"}, "The service answered with the status 502."),
+    ({"body": "data: half\n\n"}, "The connection was lost."),
+    ({"body": 'data: x\n\nevent: error\ndata: {"error": "it failed"}\n\n'}, "It failed."),
+]
 
 
-def test_a_connection_closed_for_idleness_comes_back_with_the_next_or_the_lost_message(
-    browser: Browser, start_service: StartService, groq: FakeGroq
-) -> None:
-    service = start_service(IDLE_TIMEOUT=0.5)
-    with open_chat(browser, service) as chat:
-        chat.ask("before")
-        service.log_line(endpoint="/chat", status=101)
-        expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
-        chat.ask("after")
-        assert groq.requests[-1].contents == ["before", "You said: before", "after"]
-        lost = lose_the_first_message(chat)
-        chat.say("hello")
-        expect(chat.replies.last).to_have_text("You said: hello")
-        assert lost == ["hello"]
-
-
-def test_a_message_that_crosses_a_shutdown_is_sent_again(service: Service, chat: Chat) -> None:
-    lost = lose_the_first_message(chat)
+@pytest.mark.parametrize(("answer", "message"), ANSWERS, ids=lambda value: str(value)[:20])
+def test_an_error_is_told_in_its_own_words(chat: Chat, answer: Any, message: str) -> None:
+    chat.page.route("**/chat", lambda route: route.fulfill(**answer))
     chat.say("hello")
-    chat.wait_until(lambda: lost == ["hello"])
-    service.process.end()
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
-    service.start()
-    expect(chat.replies.last).to_have_text("You said: hello")
+    expect(chat.log.locator("[data-state=failed] .note-text")).to_have_text(message)
+    expect(chat.status).to_have_text(f"There was an error: {message}")
 
 
-def lose_the_first_message(chat: Chat) -> list[str]:
-    """Reload the page over a network that loses its first message; return what was lost."""
-    lost: list[str] = []
-
-    def connect(socket: WebSocketRoute) -> None:
-        server = socket.connect_to_server()
-
-        def carry(message: str | bytes) -> None:
-            if lost:
-                server.send(message)
-            else:
-                lost.append(json.loads(message)["messages"][-1]["content"])
-
-        socket.on_message(carry)
-
-    chat.page.route_web_socket("**/chat", connect)
-    chat.page.reload()
-    return lost
-
-
-def test_a_page_whose_origin_is_not_allowed_says_so(chat: Chat) -> None:
-    chat.page.route_web_socket("**/chat", refuse)
-    chat.page.reload()
-    chat.say("hello")
-    expect(chat.log.get_by_text("This origin is not allowed to use")).to_be_visible()
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
-
-
-def refuse(socket: WebSocketRoute) -> None:
-    socket.send('{"error": "this origin is not allowed to use the service"}')
-    socket.close(code=1008)
+# What https://html.spec.whatwg.org/multipage/server-sent-events.html says of each.
+STREAMS: dict[str, list[list[str]]] = {
+    "\ufeffdata: a\n\ndata:b\n\ndata:  c\n\n": [["message", "a", ""], ["message", "b", ""],
+        ["message", " c", ""]],
+    "data: a\r\ndata\r\ndata: b\r\n\r\n: comment\r\rdata: c\r\r\n": [["message", "a\n\nb", ""],
+        ["message", "c", ""]],
+    "event: x\nid: 1\ndata: a:b\n\nevent: y\n\nretry: 5\ndata: é\u2028\n\nid\ndata: z\n\n": [
+        ["x", "a:b", "1"], ["message", "é\u2028", "1"], ["message", "z", ""]],
+    "id: a\0\ndata: a\n\ndata: never dispatched\n": [["message", "a", ""]],
+}  # fmt: skip
+READ = """async ([text, size]) => {
+  const { eventsOf } = await import("/static/events.js");
+  const bytes = new TextEncoder().encode(text);
+  const body = new ReadableStream({
+    start(stream) {
+      for (let at = 0; at < bytes.length; at += size) stream.enqueue(bytes.slice(at, at + size));
+      stream.close();
+    },
+  });
+  window.fetch = async () => new Response(body);
+  const read = [];
+  const { signal } = new AbortController();
+  for await (const { event, data, id } of eventsOf("x", { signal })) read.push([event, data, id]);
+  return read;
+}"""
 
 
-def test_a_hidden_page_does_not_reconnect(service: Service, chat: Chat) -> None:
-    attempts: list[WebSocket] = []
-    chat.ask("before")
-    chat.page.clock.install()
-    chat.page.on("websocket", lambda socket: attempts.append(socket))  # noqa: PLW0108
-    hide(chat.page, is_hidden=True)
-    service.process.end()
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_attached()
-    chat.page.clock.fast_forward("10:00")
-    assert attempts == []
-    service.start()
-    hide(chat.page, is_hidden=False)
-    expect(chat.page.locator("#notice")).to_be_hidden()
-    assert len(attempts) == 1
-
-
-def hide(page: Page, *, is_hidden: bool) -> None:
-    page.evaluate(
-        """(isHidden) => {
-          Object.defineProperty(document, "hidden", { value: isHidden, configurable: true });
-          document.dispatchEvent(new Event("visibilitychange"));
-        }""",
-        is_hidden,
-    )
-
-
-def test_an_outage_of_the_network_is_shown_and_a_message_without_any_answer_sent_again(
-    chat: Chat, groq: FakeGroq
-) -> None:
-    groq.on("lost on the way", Script(["now"], hold_before_token=0))
-    chat.say("lost on the way")
-    groq.wait_for_request("lost on the way")
-    chat.page.evaluate("dispatchEvent(new Event('offline'))")
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_visible()
-    chat.page.evaluate("dispatchEvent(new Event('online'))")
-    groq.wait_for(lambda: len(groq.asked("lost on the way")) == 2)
-    groq.release()
-    expect(chat.replies.last).to_have_text("now")
-    expect(chat.page.get_by_text("Reconnecting…")).to_be_hidden()
+def test_event_streams_are_read_as_the_standard_says_however_they_are_cut(chat: Chat) -> None:
+    for text, expected in STREAMS.items():
+        for size in (1, 2, 1000):
+            assert chat.page.evaluate(READ, [text, size]) == expected, (text, size)

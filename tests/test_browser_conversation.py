@@ -1,14 +1,13 @@
-"""Conversations on the chat page: reloaded, started anew and loaded late, in a real browser."""
+"""Conversations on the chat page: reloaded, edited, asked again and started anew, in a browser."""
 
 import re
-from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import Route, expect
+from playwright.sync_api import expect
 
 from tests.browser import Chat, begin_reply, browser, chat, needs_browser
 from tests.fake_groq import FakeGroq, Script
-from tests.servers import Service
+from tests.servers import Service, wait_until
 
 __all__ = ["browser", "chat"]
 pytestmark = needs_browser
@@ -27,15 +26,6 @@ def test_a_tab_whose_storage_is_full_can_still_chat(chat: Chat, is_new: bool) ->
     assert chat.ask("after").inner_text() == "You said: after"
 
 
-def test_a_conversation_that_is_no_longer_kept_says_so(chat: Chat, service: Service) -> None:
-    chat.ask("hello")
-    service.http.delete(f"/conversations/{chat.conversation}")
-    chat.page.reload()
-    expect(chat.page.get_by_text("are no longer kept")).to_be_visible()
-    chat.ask("again")
-    expect(chat.page.get_by_text("are no longer kept")).to_be_hidden()
-
-
 def test_a_reload_shows_the_conversation_and_a_message_it_cut_off_can_be_tried_again(
     chat: Chat, groq: FakeGroq
 ) -> None:
@@ -43,9 +33,11 @@ def test_a_reload_shows_the_conversation_and_a_message_it_cut_off_can_be_tried_a
     chat.ask("first")
     begin_reply(chat, groq)
     chat.page.reload()
+    assert groq.asked("slow")[-1].is_closed_soon()
     expect(chat.questions).to_have_text(["first", "slow"])
     expect(chat.replies.first.locator("strong")).to_have_text("bold")
-    expect(chat.log.get_by_text("This message got no reply.")).to_be_visible()
+    expect(chat.replies.last).to_have_text("a")
+    expect(chat.log.get_by_text("This reply was cut off.")).to_be_visible()
     groq.release()
     chat.again.click()
     expect(chat.replies.last).to_have_text("ab")
@@ -53,7 +45,7 @@ def test_a_reload_shows_the_conversation_and_a_message_it_cut_off_can_be_tried_a
     expect(chat.replies).to_have_text(["bold reply", "ab"])
     expect(chat.again).to_be_hidden()
     chat.ask("next")
-    assert groq.requests[-1].contents[-3:] == ["slow", "ab", "next"]
+    assert groq.requests[-1].contents == ["first", "**bold** reply", "slow", "ab", "next"]
 
 
 def test_a_new_conversation_ends_a_running_reply_and_is_empty(chat: Chat, groq: FakeGroq) -> None:
@@ -81,67 +73,87 @@ def test_two_tabs_have_conversations_of_their_own(chat: Chat, service: Service) 
         expect(other.questions).to_have_count(1)
 
 
-def test_messages_loaded_late_do_not_enter_another_conversation(chat: Chat) -> None:
-    chat.ask("old words")
-    loading = held_loading(chat, chat.page.reload)
-    chat.page.get_by_role("button", name="New conversation").click()
-    with chat.page.expect_response("**/conversations/*"):
-        loading.continue_()
-    chat.ask("new words")
-    expect(chat.questions).to_have_text(["new words"])
-    expect(chat.replies).to_have_text(["You said: new words"])
+def test_the_last_question_can_be_edited_and_takes_the_place_of_what_was_stored(
+    chat: Chat, service: Service, groq: FakeGroq
+) -> None:
+    chat.ask("first")
+    old = chat.conversation
+    chat.message.press("ArrowUp")
+    chat.message.fill("better")
+    chat.message.press("Enter")
+    expect(chat.replies).to_have_text(["You said: better"])
+    assert chat.conversation != old  # nothing tells the service to replace a first question
+    chat.ask("second")
+    chat.message.fill("a draft")
+    chat.edit.click()
+    expect(chat.message).to_have_value("second")
+    chat.message.fill("third")
+    chat.message.press("Enter")
+    expect(chat.questions).to_have_text(["better", "third"])
+    expect(chat.replies.last).to_have_text("You said: third")
+    expect(chat.message).to_have_value("a draft")
+    assert groq.requests[-1].contents == ["better", "You said: better", "third"]
+    kept = ["better", "You said: better", "third", "You said: third"]
+    wait_until(lambda: service.contents(chat.conversation) == kept)
 
 
-def test_messages_that_cannot_be_loaded_are_tried_again_before_a_failed_one(
+def test_editing_can_be_cancelled(chat: Chat) -> None:
+    chat.ask("first")
+    for key in ("Escape", "Shift+Tab"):
+        chat.edit.click()
+        expect(chat.message).to_be_focused()
+        expect(chat.cancel).to_be_visible()
+        chat.message.press(key)
+        if key == "Shift+Tab":
+            chat.page.keyboard.press("Enter")
+        expect(chat.cancel).to_be_hidden()
+        expect(chat.message).to_have_value("")
+        expect(chat.message).to_be_focused()
+    expect(chat.replies).to_have_text(["You said: first"])
+
+
+def test_a_question_can_be_asked_again(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("dice", Script(["one"]), Script(["six"]))
+    chat.ask("before")
+    chat.ask("dice")
+    chat.page.get_by_role("button", name="Ask again").click()
+    expect(chat.replies).to_have_text(["You said: before", "six"])
+    expect(chat.message).to_be_focused()
+    assert groq.requests[-1].contents == ["before", "You said: before", "dice"]
+
+
+def test_a_reply_that_was_cut_short_says_so_and_goes_on(chat: Chat, groq: FakeGroq) -> None:
+    groq.on("long", Script(["half **a"], finish_reason="length"))
+    groq.on("bad", Script(["half"], finish_reason="content_filter"))
+    go_on = chat.page.get_by_role("button", name="Go on")
+    expect(chat.ask("long").locator("strong")).to_have_text("a")
+    expect(chat.log.get_by_text("This reply reached its length limit.")).to_be_visible()
+    go_on.click()
+    expect(chat.replies.last).to_contain_text("You said: Go on")
+    assert groq.requests[-1].contents[:2] == ["long", "half **a"]
+    expect(go_on).to_be_hidden()
+    chat.ask("bad")
+    expect(chat.log.get_by_text("A content filter cut this reply off.")).to_be_visible()
+    expect(go_on).to_be_hidden()
+
+
+def test_a_question_stopped_before_its_reply_is_known_to_the_model(
     chat: Chat, groq: FakeGroq
 ) -> None:
-    groq.on("fails", Script(status=400))
-    chat.ask("before")
-    chat.say("fails")
-    expect(chat.again).to_be_visible()
-    chat.page.route("**/conversations/*", lambda route: route.fulfill(status=503))
-    chat.page.reload()
-    expect(chat.again).to_have_count(2)
-    expect(chat.page.get_by_text("The earlier messages could not be loaded.")).to_be_visible()
-    chat.page.unroute("**/conversations/*")
-    loading = held_loading(chat, chat.again.first.click)
-    expect(chat.again).to_have_count(0)
-    loading.continue_()
-    expect(chat.page.get_by_text("The earlier messages could not be loaded.")).to_be_hidden()
-    expect(chat.replies.first).to_have_text("You said: before")
-    expect(chat.questions).to_have_text(["before", "fails"])
-    chat.again.click()
-    expect(chat.log.locator("[data-state=failed]")).to_have_count(1)
-    expect(chat.page.locator("body[data-state=idle]")).to_be_visible()
+    groq.on("silent", Script(hold_before_token=0))
+    chat.say("silent")
+    groq.wait_for_request("silent")
+    chat.stop.click()
+    chat.ask("in French")
+    assert groq.requests[-1].contents == ["silent", "in French"]
 
 
-def held_loading(chat: Chat, load: Callable[[], object]) -> Route:
-    """Load the earlier messages; return the request, which nothing has answered yet."""
-    held: list[Route] = []
-    chat.page.route("**/conversations/*", lambda route: held.append(route), times=1)  # noqa: PLW0108
-    load()
-    chat.wait_until(lambda: held != [])
-    return held[0]
-
-
-# The browser's own ignores the clock that Playwright installs.
-TIMEOUT_BY_THE_CLOCK = """
-  AbortSignal.timeout = (milliseconds) => {
-    const controller = new AbortController();
-    setTimeout(() => controller.abort(new DOMException("", "TimeoutError")), milliseconds);
-    return controller.signal;
-  };
-"""
-
-
-def test_the_page_can_be_used_while_the_earlier_messages_do_not_load(
+def test_of_a_conversation_too_long_for_a_request_the_newest_part_is_sent(
     chat: Chat, groq: FakeGroq
 ) -> None:
-    chat.ask("before")
-    chat.page.clock.install()
-    chat.page.add_init_script(TIMEOUT_BY_THE_CLOCK)
-    held_loading(chat, chat.page.reload)
-    chat.page.clock.fast_forward("00:10")
-    expect(chat.page.get_by_text("The earlier messages could not be loaded.")).to_be_visible()
-    chat.ask("after")
-    assert groq.requests[-1].contents == ["before", "You said: before", "after"]
+    groq.default = Script(["€" * 20_000])
+    for number in range(5):
+        chat.ask(str(number))
+    assert groq.requests[-1].contents[::2] == ["1", "2", "3", "4"]
+    chat.ask("x" * 200_000)
+    assert len(groq.requests[-1].contents) == 1

@@ -105,7 +105,7 @@ SITUATIONS = {
 
 def test_the_readme_has_every_route_and_every_setting_with_its_default() -> None:
     listed = set(re.findall(r"^\| (?:`[A-Z]+ |WebSocket `)(/[^`]*)` \|", README, re.M))
-    assert listed == {getattr(route, "path", None) for route in server.ROUTES}
+    assert listed == {route.path_format for route in server.ROUTES}
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+)`? \|", README, re.M))
     settings = msgspec.structs.fields(Settings)
     expected = {setting.name.upper(): shown(setting.default) for setting in settings}

@@ -1,15 +1,8 @@
 // Copying, also where the page came over plain http and the browser has no clipboard for it.
 
-/**
- * Copy the text, and let the button say so for a moment.
- *
- * @param {string} text
- * @param {HTMLButtonElement} button
- * @param {(message: string) => void} announce
- */
+/** Copy the text, and let the button and the screen reader say so for a moment. */
 export async function copyFor(button, text, announce) {
-  const isCopied = (await copy(text)) || copyThroughSelection(text);
-  const words = isCopied ? "Copied" : "Not copied";
+  const words = (await copy(text)) ? "Copied" : "Not copied";
   announce(words);
   const label = button.querySelector(".label") ?? button;
   label.textContent = words;
@@ -22,7 +15,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    return false;
+    return copyThroughSelection(text);
   }
 }
 

@@ -1,11 +1,5 @@
-/**
- * Make an element. Text given as a child stays text: nothing here is ever parsed as HTML.
- *
- * @param {string} name
- * @param {Record<string, string>} attributes
- * @param {...(Node | string | (Node | string)[])} children an array for as many as there may be: a
- *   call takes only some ten thousand arguments.
- */
+/** Make an element. A child that is a string stays text: nothing here is ever parsed as HTML. An array
+ * holds as many as there may be: a call takes only some ten thousand arguments. */
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
@@ -13,17 +7,13 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Change a child into the fresh one; leave alone what is the same; return the one that stands. */
+/** Change a child into the fresh one, or append that; leave alone what is the same. */
 export function patchChild(parent, old, fresh) {
-  if (old?.isEqualNode(fresh)) return old;
-  if (old && isSameElement(old, fresh)) patchChildren(old, fresh);
-  else if (old && isText(old) && isText(fresh)) patchText(old, fresh.data);
-  else {
-    if (old) old.replaceWith(fresh);
-    else parent.append(fresh);
-    return fresh;
-  }
-  return old;
+  if (!old) parent.append(fresh);
+  else if (old.isEqualNode(fresh)) return;
+  else if (isText(old) && isText(fresh)) patchText(old, fresh.data);
+  else if (old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) patchChildren(old, fresh);
+  else old.replaceWith(fresh);
 }
 
 function patchChildren(node, fresh) {
@@ -41,12 +31,4 @@ function patchText(node, text) {
 
 function isText(node) {
   return node.nodeType === Node.TEXT_NODE;
-}
-
-function isSameElement(one, other) {
-  return (
-    one.nodeType === Node.ELEMENT_NODE &&
-    other.nodeType === Node.ELEMENT_NODE &&
-    one.cloneNode(false).isEqualNode(other.cloneNode(false))
-  );
 }

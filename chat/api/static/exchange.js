@@ -1,30 +1,28 @@
 // One exchange on the page: what was asked, and the reply as it grows, ends or fails.
 
-import { showMarkdown } from "./markdown.js";
+import { MarkdownView } from "./render.js";
 
-/** Milliseconds between two looks at a reply that grows, and how many times what the last one took:
- * a very long reply must leave the page room to breathe. */
-const FRAME = 16;
-const REST = 3;
+/** How many times what the last look at a growing reply took passes before the next: one that is
+ * very long must leave the page room to breathe. */
+const REST = 4;
 
-export class Exchange {
-  /** The text of the reply, so far. */
-  reply = "";
-  /** Whether the service has stored it. */
-  isStored = false;
-  #rendering = null;
+export class ExchangeView {
+  #markdown;
+  #frame = null;
   #cost = 0;
+  #renderedAt = 0;
 
-  /** @param {string} question */
-  constructor(question) {
-    this.question = question;
-    this.questionElement = copyOf("question");
-    this.replyElement = copyOf("reply");
-    this.questionElement.querySelector(".bubble").textContent = question;
+  constructor(exchange) {
+    this.exchange = exchange;
+    this.question = copyOf("question");
+    this.reply = copyOf("reply");
+    this.question.querySelector(".bubble").textContent = exchange.question;
+    this.#markdown = new MarkdownView(this.#part(".text"));
+    this.update();
   }
 
   get elements() {
-    return [this.questionElement, this.replyElement];
+    return [this.question, this.reply];
   }
 
   /** The reply as it is read, without the marks of its Markdown. */
@@ -32,78 +30,75 @@ export class Exchange {
     return this.#part(".text").innerText;
   }
 
-  /** Wait for a reply; whatever an attempt before has left goes. */
-  begin() {
-    this.reply = "";
-    this.#render();
-    this.#enter("waiting");
+  get isRunning() {
+    return ["waiting", "streaming"].includes(this.exchange.state);
   }
 
-  /** Tokens may come faster than the screen can show them. */
-  append(token) {
-    this.reply += token;
-    const pause = Math.max(FRAME, REST * this.#cost);
-    this.#rendering ??= setTimeout(() => this.#render(true), pause);
-    if (this.#state === "waiting") this.#enter("streaming");
+  get #isUnfinished() {
+    return this.exchange.state !== "done" || this.exchange.truncated !== "";
   }
 
-  end() {
-    this.isStored = true;
-    this.#render();
-    this.#enter("done");
+  /** Show what has changed: the end at once, and more text when the screen is ready for it. */
+  update() {
+    if (this.reply.dataset.state !== this.exchange.state) this.#showState();
+    if (!this.isRunning) this.#render();
+    else this.#frame ??= requestAnimationFrame((now) => this.#renderIfDue(now));
   }
 
-  /** End a reply that was stopped; nothing is stored of one that had not begun. */
-  stop() {
-    this.isStored = this.reply !== "";
-    this.#render();
-    this.#enter("stopped");
-    this.#part(".stopped-text").textContent = this.isStored
-      ? "You stopped this reply."
-      : "You stopped this before the reply began.";
-    this.#part(".stopped .retry").hidden = this.isStored;
-  }
-
-  fail(message) {
-    this.#render();
-    this.#enter("failed");
-    this.#part(".failure-text").textContent = sentence(message);
-  }
-
-  get #state() {
-    return this.replyElement.dataset.state;
-  }
-
-  #enter(state) {
-    this.replyElement.dataset.state = state;
+  #showState() {
+    const { state, reply } = this.exchange;
+    this.reply.dataset.state = state;
     this.#part(".waiting").hidden = state !== "waiting";
-    this.#part(".stopped").hidden = state !== "stopped";
-    this.#part(".failure").hidden = state !== "failed";
-    this.#part(".actions").hidden = !this.reply || ["waiting", "streaming"].includes(state);
+    this.#part(".actions").hidden = this.isRunning || !reply;
+    const note = noteOn(this.exchange);
+    this.#part(".note").hidden = note === null;
+    if (note === null) return;
+    this.#part(".note-text").textContent = note;
+    this.#part(".go-on").hidden = !canGoOn(this.exchange);
+    this.#part(".retry").hidden = state === "done" || (state === "stopped" && reply !== "");
+  }
+
+  #renderIfDue(now) {
+    this.#frame = null;
+    if (now - this.#renderedAt < REST * this.#cost) this.update();
+    else this.#render();
+  }
+
+  #render() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = null;
+    const startedAt = performance.now();
+    try {
+      this.#markdown.show(this.exchange.reply, this.#isUnfinished);
+    } catch (error) {
+      console.error(error); // a text that cannot be shown well must not stop the conversation
+      this.#part(".text").textContent = this.exchange.reply;
+    }
+    this.#renderedAt = performance.now();
+    this.#cost = this.#renderedAt - startedAt;
   }
 
   #part(selector) {
-    return this.replyElement.querySelector(selector);
-  }
-
-  #render(isOpen = false) {
-    clearTimeout(this.#rendering);
-    this.#rendering = null;
-    const startedAt = performance.now();
-    const place = this.#part(".text");
-    try {
-      showMarkdown(place, this.reply, isOpen);
-    } catch (error) {
-      console.error(error); // a text that cannot be shown well must not stop the conversation
-      place.textContent = this.reply;
-    }
-    this.#cost = performance.now() - startedAt;
+    return this.reply.querySelector(selector);
   }
 }
 
-/** @param {string} template the id of a template in the page */
-function copyOf(template) {
-  return document.getElementById(template).content.firstElementChild.cloneNode(true);
+function copyOf(templateId) {
+  return document.getElementById(templateId).content.firstElementChild.cloneNode(true);
+}
+
+function canGoOn({ reply, truncated }) {
+  return reply !== "" && truncated !== "content_filter";
+}
+
+/** Return what is to be said under the reply, if anything. */
+function noteOn({ state, reply, error, truncated }) {
+  if (state === "failed") return sentence(error);
+  if (state === "stopped") {
+    return reply ? "You stopped this reply." : "You stopped this before the reply began.";
+  }
+  if (truncated === "content_filter") return "A content filter cut this reply off.";
+  return truncated ? "This reply reached its length limit." : null;
 }
 
 /** Errors come as clauses: "the language model service cannot be reached". */

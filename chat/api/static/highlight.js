@@ -2,55 +2,41 @@
 
 import { element } from "./dom.js";
 
-const FAMILIES = [
-  {
-    languages:
-      "bash dockerfile elixir graphql makefile nix perl py python r rb ruby sh shell toml yaml yml zsh",
-    comment: /(?<!\S)#.*/,
-  },
-  {
-    languages:
-      "c c# c++ cpp cs csharp css dart go java javascript js json jsonc jsx kotlin php proto rs rust " +
-      "scala scss swift ts tsx typescript zig",
-    comment: /\/\/.*|\/\*[^]*?(?:\*\/|$)/,
-  },
-  { languages: "elm haskell hs lua sql", comment: /--.*/ },
-];
+/** How comments begin, by the languages' names. */
+const COMMENTS = {
+  "bash dockerfile elixir graphql makefile nix perl py python r rb ruby sh shell toml yaml yml zsh":
+    /(?<!\S)#.*/,
+  "c c# c++ cpp cs csharp css dart go java javascript js json jsonc jsx kotlin php proto rs rust \
+scala scss swift ts tsx typescript zig": /\/\/.*|\/\*[^]*?(?:\*\/|$)/,
+  "elm haskell hs lua sql": /--.*/,
+};
 const STRING =
   /"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'|`(?:\\.|[^`\\])*`/;
 const NUMBER = /\b(?:0[xXbBoO][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\b/;
 const WORD = /[A-Za-z_$][\w$]*/;
 const KEYWORDS = new Set(
-  (
-    "abstract and as assert async await begin bool break by case catch char class const continue def " +
-    "default defer del delete distinct do done double echo elif else end enum esac except export " +
-    "extends false False fi final finally float fn for foreach from func function go group having if " +
-    "impl implements import in insert instanceof int interface into is join lambda left let limit " +
-    "local long loop match mod module mut namespace new nil none None nonlocal not null of on or " +
-    "order override package pass private protected pub public raise readonly return select self set " +
-    "short signed sizeof static string struct super switch table then this throw trait true True try " +
-    "type typedef typeof undefined union unless unsafe unsigned until update use using val values var " +
-    "void where while with yield"
-  ).split(" "),
+  `abstract and as assert async await begin bool break by case catch char class const continue def
+  default defer del delete distinct do done double echo elif else end enum esac except export
+  extends false False fi final finally float fn for foreach from func function go group having if
+  impl implements import in insert instanceof int interface into is join lambda left let limit
+  local long loop match mod module mut namespace new nil none None nonlocal not null of on or
+  order override package pass private protected pub public raise readonly return select self set
+  short signed sizeof static string struct super switch table then this throw trait true True try
+  type typedef typeof undefined union unless unsafe unsigned until update use using val values
+  var void where while with yield`.split(/\s+/),
 );
 /** Longer code is shown plain: nobody reads it here. */
 const LONGEST = 20_000;
 
 const PATTERNS = new Map(
-  FAMILIES.flatMap(({ languages, comment }) => {
+  Object.entries(COMMENTS).flatMap(([languages, comment]) => {
     const kinds = Object.entries({ comment, string: STRING, number: NUMBER, word: WORD });
     const source = kinds.map(([kind, pattern]) => `(?<${kind}>${pattern.source})`).join("|");
     return languages.split(" ").map((language) => [language, new RegExp(source, "g")]);
   }),
 );
 
-/**
- * Split code into strings and coloured elements.
- *
- * @param {string} code
- * @param {string} language as the reply names it; one that is not known leaves the code as it is
- * @returns {(HTMLElement | string)[]}
- */
+/** Split code into strings and coloured elements; in a language not known here it stays one. */
 export function highlight(code, language) {
   const pattern = PATTERNS.get(language.toLowerCase());
   if (!pattern || code.length > LONGEST) return [code];

@@ -1,180 +1,79 @@
-// The chat page: what happens on it, and what it asks of the service.
+// The chat page: what its user does, and what they see and hear of it.
 
 import { copyFor } from "./clipboard.js";
-import { Connection } from "./connection.js";
-import { Exchange } from "./exchange.js";
+import { Conversation } from "./conversation.js";
+import { ExchangeView } from "./exchange.js";
 import { EndFollower } from "./scroll.js";
-import { Session } from "./session.js";
 
-/** How much is told again to a service that has forgotten the conversation. */
-const RETOLD_EXCHANGES = 20;
-const RETOLD_CHARACTERS = 50_000;
+const GO_ON = "Go on where you stopped.";
 /** A screen reader is read a reply up to here, and told of the rest. */
 const SPOKEN_CHARACTERS = 1000;
 /** Milliseconds that words for a screen reader stay: whoever reads on would meet them again. */
 const ANNOUNCED = 10_000;
-/** Milliseconds that the service has to give the conversation. */
-const LOADING = 10_000;
 
 const byId = (id) => document.getElementById(id);
-const [log, form, field, notice, status] = ["log", "composer", "message", "notice", "status"].map(
-  byId,
-);
+const [log, form, field, status] = ["log", "composer", "message", "status"].map(byId);
 
-const session = new Session();
-const connection = new Connection(address("chat", "ws"), showConnection);
+const conversation = new Conversation();
 const end = new EndFollower(byId("scroller"), log, byId("jump"));
 
-/** The exchanges on the page, oldest first; the one that runs; what the connection has been. */
-let exchanges = [];
+/** The exchanges as they are shown; how to stop the one that runs; the one that is edited, and what
+ * stood in the field before. */
+let views = [];
 let running = null;
-let knownLosses = 0;
+let editing = null;
+let draft = "";
 let silencing = null;
-let loading = load();
 
-/** Return the address of a path of the service, which may stand below another site's path. */
-function address(path, protocol = "http") {
-  const url = new URL(path, document.baseURI);
-  url.protocol = url.protocol.replace("http", protocol);
-  return url.href;
-}
-
-function conversationAddress() {
-  return address(`conversations/${session.conversation}`);
-}
-
-/** Show what the service remembers of the conversation. */
-async function load() {
-  connection.wake();
-  if (!session.isResumed) return show([]);
-  byId("unloaded").hidden = true;
-  document.body.dataset.state = "loading";
-  const { conversation } = session;
-  const messages = await storedMessages().catch(() => null);
-  if (!session.isResumed || session.conversation !== conversation) return; // it is another's turn
-  byId("unloaded").hidden = messages !== null;
-  byId("forgotten").hidden = messages?.length !== 0 || session.unanswered !== null;
-  show(messages ?? []);
-  restoreUnanswered();
-}
-
-async function storedMessages() {
-  const answer = await fetch(conversationAddress(), { signal: AbortSignal.timeout(LOADING) });
-  if (answer.status === 404) return [];
-  if (!answer.ok) throw new Error(`the messages were answered with ${answer.status}`);
-  return (await answer.json()).messages;
-}
-
-function show(messages) {
-  log.replaceChildren();
-  exchanges = [];
-  for (const { role, content } of messages) {
-    if (role === "user") add(new Exchange(content));
-    else exchanges.at(-1)?.append(content);
-  }
-  for (const exchange of exchanges) exchange.end();
-  document.body.dataset.state = "idle";
-  showEmptiness();
-  if (exchanges.length > 0) end.goToEnd();
-}
-
-/** A message whose reply failed or was cut off is not stored; it is not to be typed once more. */
-function restoreUnanswered() {
-  const text = session.unanswered;
-  if (text === null || exchanges.at(-1)?.question === text) return;
-  add(new Exchange(text)).fail("This message got no reply");
+/** Ask; the view of an attempt before, if there was one, makes way. */
+async function ask(question, before = null) {
+  if (running) return;
+  stopEditing();
+  if (before) remove(before);
+  const stopping = new AbortController();
+  running = stopping;
+  document.body.dataset.state = "running";
+  announce("Waiting for the reply.");
+  let view = null;
+  await conversation.ask(question, stopping.signal, (exchange) => {
+    if (running !== stopping) return; // the conversation is over
+    view ??= add(exchange);
+    view.update();
+  });
+  if (running === stopping) settle(view);
 }
 
 function add(exchange) {
-  exchanges = [...exchanges.filter((each) => each !== exchange), exchange];
-  log.append(...exchange.elements);
-  showEmptiness();
+  const view = new ExchangeView(exchange);
+  views.push(view);
+  log.append(...view.elements);
+  byId("welcome").hidden = true;
   end.goToEnd();
-  return exchange;
+  return view;
 }
 
-function showEmptiness() {
-  byId("welcome").hidden = exchanges.length > 0 || !byId("unloaded").hidden;
-}
-
-/** Ask, or ask again: an attempt that failed is replaced, at the end of the conversation. */
-function ask(exchange) {
-  if (running) return;
-  running = exchange;
-  session.unanswered = exchange.question;
-  document.body.dataset.state = "running";
-  exchange.begin();
-  add(exchange);
-  announce("Waiting for the reply.");
-  connection.ask({
-    request: () => requestFor(exchange),
-    onToken: (token) => exchange.append(token),
-    onDone: (isStopped) => (isStopped ? stopped(exchange) : done(exchange)),
-    onError: (message) => failed(exchange, message),
-  });
-}
-
-async function requestFor({ question }) {
-  const { conversation } = session;
-  const earlier = (await isForgotten()) ? storedBefore() : [];
-  const messages = [...earlier, { role: "user", content: question }];
-  return { messages, conversation };
-}
-
-/** Tell whether the service has lost the conversation, as it does with its memory at a restart. */
-async function isForgotten() {
-  const isSameConnection = connection.losses === knownLosses;
-  if (isSameConnection || !exchanges.some(({ isStored }) => isStored)) return false;
-  const answer = await fetch(conversationAddress()).catch(() => null);
-  return answer?.status === 404;
-}
-
-/** Return the newest of the messages that were stored, as far as a request may hold them. */
-function storedBefore() {
-  let room = RETOLD_CHARACTERS;
-  const newest = exchanges
-    .filter(({ isStored }) => isStored)
-    .slice(-RETOLD_EXCHANGES)
-    .reverse();
-  const taken = newest.filter(
-    ({ question, reply }) => (room -= question.length + reply.length) > 0,
-  );
-  return taken.reverse().flatMap(({ question, reply }) => [
-    { role: "user", content: question },
-    { role: "assistant", content: reply },
-  ]);
-}
-
-function done(exchange) {
-  exchange.end();
-  settle(`Reply: ${spoken(exchange.shownReply)}`);
-}
-
-function stopped(exchange) {
-  exchange.stop();
-  settle("Stopped.");
-}
-
-function failed(exchange, message) {
-  exchange.fail(message);
-  settle(`There was an error: ${message}`);
+function remove(view) {
+  conversation.remove(view.exchange);
+  views = views.filter((each) => each !== view);
+  for (const element of view.elements) element.remove();
 }
 
 /** Be ready for the next message. */
-function settle(words) {
-  const { isStored, question } = running;
-  if (isStored) knownLosses = connection.losses;
-  session.unanswered = isStored ? null : question;
+function settle(view) {
   running = null;
   if (document.activeElement === byId("stop")) field.focus(); // it is about to go
   document.body.dataset.state = "idle";
-  announce(words);
+  announce(spoken(view));
   end.update();
 }
 
-function spoken(text) {
-  if (text.length <= SPOKEN_CHARACTERS) return text;
-  return `${text.slice(0, SPOKEN_CHARACTERS)}… The whole reply is on the page.`;
+function spoken({ exchange, shownReply, reply }) {
+  const note = reply.querySelector(".note:not([hidden]) .note-text")?.textContent;
+  if (exchange.state === "stopped") return "Stopped.";
+  if (exchange.state === "failed") return `There was an error: ${note}`;
+  const text = note ? `${shownReply}\n${note}` : shownReply;
+  if (text.length <= SPOKEN_CHARACTERS) return `Reply: ${text}`;
+  return `Reply: ${text.slice(0, SPOKEN_CHARACTERS)}… The whole reply is on the page.`;
 }
 
 /** Have a screen reader say it, when it has finished what it is saying. */
@@ -184,37 +83,52 @@ function announce(words) {
   silencing = setTimeout(() => (status.textContent = ""), ANNOUNCED);
 }
 
-function showConnection(state) {
-  notice.textContent = state === "lost" ? "Reconnecting…" : "";
-}
-
-async function submit(event) {
+function submit(event) {
   event.preventDefault();
-  await loading;
   const text = field.value.trim();
   if (!text || running) return;
-  field.value = "";
-  fitField();
-  ask(new Exchange(text));
-  field.focus();
+  if (!editing) fill("");
+  ask(text, editing);
 }
 
 function stop() {
-  connection.stop();
+  running?.abort();
   field.focus();
 }
 
 function startOver() {
-  if (running) {
-    running = null;
-    connection.abandon();
-  }
-  session.clear();
-  loading = null;
-  byId("unloaded").hidden = true;
-  byId("forgotten").hidden = true;
-  show([]);
+  running?.abort();
+  running = null;
+  stopEditing();
+  conversation.clear();
+  log.replaceChildren();
+  views = [];
+  document.body.dataset.state = "idle";
+  byId("welcome").hidden = false;
   announce("This is a new conversation.");
+  field.focus();
+}
+
+/** Take the question into the field; the exchange stays until the question is asked again. */
+function edit(view) {
+  if (!editing) draft = field.value;
+  editing = view;
+  byId("editing").hidden = false;
+  view.question.classList.add("edited");
+  fill(view.exchange.question);
+}
+
+function stopEditing() {
+  if (!editing) return;
+  editing.question.classList.remove("edited");
+  editing = null;
+  byId("editing").hidden = true;
+  fill(draft);
+}
+
+function fill(text) {
+  field.value = text;
+  fitField();
   field.focus();
 }
 
@@ -227,55 +141,62 @@ function fitField() {
 /** On a touch screen Enter begins a new line: there is no Shift to hold, but a button beside it. */
 const isTouched = window.matchMedia("(hover: none) and (pointer: coarse)");
 
-/** Some browsers say of the key that ends a composition only that the input method had it. */
-const OF_INPUT_METHOD = 229;
-
 function isComposing({ isComposing, keyCode }) {
-  return isComposing || keyCode === OF_INPUT_METHOD;
+  return isComposing || keyCode === 229; // all that some browsers say of a composition's last key
 }
 
 function pressed(event) {
-  const isSend = event.key === "Enter" && !event.shiftKey && !isTouched.matches;
-  if (!isSend || isComposing(event)) return;
+  if (isComposing(event)) return;
+  if (event.key === "ArrowUp" && !field.value && !running && views.length > 0) {
+    event.preventDefault();
+    edit(views.at(-1));
+  }
+  if (event.key !== "Enter" || event.shiftKey || isTouched.matches) return;
   event.preventDefault();
   form.requestSubmit();
 }
 
+/** What the buttons in an exchange do; they know themselves by their first class. */
+const ACTIONS = {
+  "copy-code": (view, button) =>
+    copyFor(button, button.closest(".code").querySelector("pre").textContent, announce),
+  "copy-reply": ({ exchange }, button) => copyFor(button, exchange.reply, announce),
+  retry: (view) => ask(view.exchange.question, view),
+  "go-on": () => ask(GO_ON),
+  edit,
+};
+
 function clickedInLog({ target }) {
   const button = target.closest("button");
-  const exchange = exchanges.find(({ replyElement }) => replyElement.contains(button));
-  if (!button || !exchange) return;
-  if (button.matches(".copy-code")) {
-    copyFor(button, button.closest(".code").querySelector("pre").textContent, announce);
-  } else if (button.matches(".copy-reply")) {
-    copyFor(button, exchange.reply, announce);
-  } else if (button.matches(".retry")) {
-    ask(exchange);
-    field.focus();
-  }
+  const view = views.find(({ elements }) => elements.some((element) => element.contains(button)));
+  if (!button || !view) return;
+  ACTIONS[button.classList[0]](view, button);
+  if (!button.isConnected) field.focus();
 }
 
 form.addEventListener("submit", submit);
 field.addEventListener("keydown", pressed);
-field.addEventListener("input", () => {
-  connection.wake();
-  fitField();
-});
+field.addEventListener("input", fitField);
 log.addEventListener("click", clickedInLog);
 byId("stop").addEventListener("click", stop);
 byId("new").addEventListener("click", startOver);
-byId("jump").addEventListener("click", () => byId("scroller").focus({ preventScroll: true }));
-byId("reload").addEventListener("click", () => {
-  if (!running) loading = load();
+byId("cancel").addEventListener("click", () => stopEditing());
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || isComposing(event)) return;
+  if (running) stop();
+  else stopEditing();
+});
+byId("welcome").addEventListener("click", ({ target }) => {
+  if (!target.matches(".example")) return;
+  ask(target.textContent.trim());
   field.focus();
 });
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running && !isComposing(event)) stop();
+window.addEventListener("pagehide", () => {
+  conversation.save(); // before the reply is cut off, since nothing runs after this
+  running?.abort(new Error("This reply was cut off."));
 });
-for (const example of document.querySelectorAll(".example")) {
-  example.addEventListener("click", () => {
-    ask(new Exchange(example.textContent.trim()));
-    field.focus();
-  });
-}
+
+byId("welcome").hidden = conversation.exchanges.length > 0;
+for (const exchange of conversation.exchanges) add(exchange);
+document.body.dataset.state = "idle";
 fitField();

@@ -4,23 +4,15 @@
 const NEAR = 40;
 
 export class EndFollower {
-  #scroller;
-  #content;
-  #jump;
   #isFollowing = true;
   #lastTop = 0;
 
-  /**
-   * @param {HTMLElement} scroller
-   * @param {HTMLElement} content what grows in it
-   * @param {HTMLButtonElement} jump leads back to the end
-   */
+  /** The content grows in the scroller; the jump, a button, leads back to its end. */
   constructor(scroller, content, jump) {
-    this.#scroller = scroller;
-    this.#content = content;
-    this.#jump = jump;
+    Object.assign(this, { scroller, content, jump });
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     jump.addEventListener("click", () => this.goToEnd());
+    jump.addEventListener("click", () => scroller.focus({ preventScroll: true }));
     const observer = new ResizeObserver(() => this.update());
     observer.observe(scroller);
     observer.observe(content);
@@ -33,13 +25,13 @@ export class EndFollower {
 
   /** To be called when the content has grown. */
   update() {
-    const isEmpty = this.#content.childElementCount === 0; // what stands there is read from its top
-    if (this.#isFollowing) this.#scroller.scrollTop = isEmpty ? 0 : this.#scroller.scrollHeight;
-    this.#jump.hidden = this.#isFollowing;
+    const isEmpty = this.content.childElementCount === 0; // what stands there is read from its top
+    if (this.#isFollowing) this.scroller.scrollTop = isEmpty ? 0 : this.scroller.scrollHeight;
+    this.jump.hidden = this.#isFollowing;
   }
 
   #scrolled() {
-    const { scrollTop, scrollHeight, clientHeight } = this.#scroller;
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
     const distance = scrollHeight - scrollTop - clientHeight;
     const isDownward = scrollTop > this.#lastTop;
     const isUpward = scrollTop < this.#lastTop;
@@ -47,6 +39,6 @@ export class EndFollower {
     if (distance < 2 || (isDownward && distance < NEAR)) this.#isFollowing = true;
     else if (isUpward) this.#isFollowing = false;
     this.#lastTop = scrollTop;
-    this.#jump.hidden = this.#isFollowing;
+    this.jump.hidden = this.#isFollowing;
   }
 }

@@ -1,0 +1,125 @@
+// The conversation: what was asked and replied, kept by the tab over a reload. It is sent as a whole
+// with each question, so that what is on the page is what the model knows.
+
+import { eventsOf, LOST } from "./events.js";
+
+const ID_BYTES = 24;
+/** What is sent: as many exchanges as the service remembers, and less than the 256 KiB that it takes;
+ * both as it comes. Older ones stay here. */
+const EXCHANGES = 20;
+const ROOM = 240_000;
+
+export class Conversation {
+  #id = fromStore("conversation");
+  /** Oldest first; their state is waiting, streaming, done, stopped or failed. */
+  exchanges = JSON.parse(fromStore("exchanges") ?? "[]");
+
+  /** Forget everything; the next question begins a new conversation. */
+  clear() {
+    this.#id = null;
+    this.exchanges = [];
+    this.save();
+  }
+
+  /** Remove an exchange that is going to be asked again, or otherwise. */
+  remove(exchange) {
+    this.exchanges = this.exchanges.filter((each) => each !== exchange);
+  }
+
+  /** Ask a question at the end of the conversation, and tell of the exchange whenever it has changed.
+   * The signal stops the reply, or lets it fail with the error that is its reason. */
+  async ask(question, signal, onChange) {
+    const body = JSON.stringify(this.#requestFor(question));
+    const exchange = { question, reply: "", state: "waiting", error: "", truncated: "" };
+    this.exchanges.push(exchange);
+    this.save();
+    onChange(exchange);
+    const headers = { "Content-Type": "application/json" };
+    try {
+      const events = eventsOf("chat", { method: "POST", headers, body, signal });
+      await read(events, exchange, () => onChange(exchange));
+      exchange.state = "done";
+    } catch (error) {
+      exchange.state = error.name === "AbortError" ? "stopped" : "failed";
+      exchange.error = error.message;
+    }
+    this.save();
+    onChange(exchange);
+  }
+
+  /** A transcript with a reply in it takes the place of what the service has stored; one without
+   * would be added to what an attempt before may have left there, unless it has an id of its own. */
+  #requestFor(question) {
+    const messages = withinRoom([...this.#transcript(), { role: "user", content: question }]);
+    if (messages.every(({ role }) => role === "user")) this.#id = randomId();
+    return { messages, conversation: this.#id, stream: true };
+  }
+
+  /** What the user has seen; a question that failed at once may be one that no model takes. */
+  #transcript() {
+    return this.exchanges
+      .filter(({ reply, state }) => reply.trim() || state === "stopped")
+      .slice(-EXCHANGES)
+      .flatMap(({ question, reply }) => [
+        { role: "user", content: question },
+        ...(reply.trim() ? [{ role: "assistant", content: reply }] : []),
+      ]);
+  }
+
+  /** Keep everything for a reload, which cuts off a reply that is running. */
+  save() {
+    const kept = this.exchanges.map((exchange) => {
+      if (!["waiting", "streaming"].includes(exchange.state)) return exchange;
+      const error = exchange.reply ? "This reply was cut off." : "This message got no reply.";
+      return { ...exchange, state: "failed", error };
+    });
+    store("conversation", this.#id);
+    store("exchanges", JSON.stringify(kept));
+  }
+}
+
+async function read(events, exchange, onChange) {
+  for await (const { event, data } of events) {
+    if (event === "error") throw new Error(JSON.parse(data).error);
+    if (data === "[DONE]") return;
+    exchange.state = "streaming";
+    if (event === "truncated") exchange.truncated = JSON.parse(data).reason;
+    else exchange.reply += data;
+    onChange();
+  }
+  throw new Error(LOST);
+}
+
+/** Return the newest messages that a request may hold, from a question on. */
+function withinRoom(messages) {
+  const encoder = new TextEncoder();
+  let room = ROOM;
+  const fits = (message) => (room -= encoder.encode(JSON.stringify(message)).length) >= 0;
+  const begin = messages.findLastIndex((message) => !fits(message)) + 1;
+  const fitting = messages.slice(Math.min(begin, messages.length - 1));
+  return fitting.slice(fitting.findIndex(({ role }) => role === "user"));
+}
+
+/** crypto.randomUUID needs https, which a service on a private network may not have. */
+function randomId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(ID_BYTES));
+  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_");
+}
+
+function fromStore(name) {
+  return ifPossible(() => sessionStorage.getItem(name));
+}
+
+function store(name, value) {
+  ifPossible(() => sessionStorage.removeItem(name));
+  if (value !== null) ifPossible(() => sessionStorage.setItem(name, value));
+}
+
+/** The browser may deny it, or it may be full: then the conversation lasts until a reload. */
+function ifPossible(action) {
+  try {
+    return action();
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,53 @@
+// Server-sent events over fetch, read as the HTML standard says.
+
+/** Milliseconds without a word, not even a keep-alive, after which a connection is taken for dead. */
+const SILENCE = 60_000;
+const UNREACHABLE = "The service cannot be reached.";
+export const LOST = "The connection was lost.";
+
+/** Ask, as `fetch` does, and give the events of the answer, each `{event, data, id}`. An error, or an
+ * answer that breaks off, is thrown with a message for people; an abort as the signal's reason. */
+export async function* eventsOf(address, request) {
+  const silence = new AbortController();
+  const signal = AbortSignal.any([request.signal, silence.signal]);
+  const hear = async (words, failure) => {
+    const timer = setTimeout(() => silence.abort(), SILENCE);
+    const heard = await words.catch(() => null).finally(() => clearTimeout(timer));
+    request.signal.throwIfAborted();
+    if (!heard) throw new Error(failure);
+    return heard;
+  };
+  try {
+    const answer = await hear(fetch(address, { ...request, signal }), UNREACHABLE);
+    if (!answer.ok) throw new Error(await hear(errorIn(answer), LOST));
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    yield* parsed(() => hear(reader.read(), LOST));
+  } finally {
+    silence.abort();
+  }
+}
+
+/** Something in between may answer in the service's place, and with what is no JSON. */
+async function errorIn(answer) {
+  const said = await answer.json().catch(() => null);
+  return said?.error ?? `The service answered with the status ${answer.status}.`;
+}
+
+async function* parsed(read) {
+  let [rest, event, id, data] = ["", "", "", []];
+  for (let part = await read(); !part.done; part = await read()) {
+    // A line feed may yet follow a carriage return at the end.
+    const lines = (rest + part.value).split(/\r\n|\n|\r(?!$)/);
+    rest = lines.pop();
+    for (const line of lines) {
+      const [, field, value] = /^([^:]*)(?:: ?)?(.*)$/s.exec(line);
+      if (field === "data") data.push(value);
+      else if (field === "event") event = value;
+      else if (field === "id" && !value.includes("\0")) id = value;
+      else if (line === "") {
+        if (data.length > 0) yield { event: event || "message", data: data.join("\n"), id };
+        [event, data] = ["", []];
+      }
+    }
+  }
+}
