@@ -68,7 +68,8 @@ def _groq_figures(service: servers.Caller, seen: Seen, arrived: int) -> Iterator
     yield "Groq: completed", completed, replies, replies
     yield "Groq: failed", failed, seen.total("failed"), seen.total("failed") + from_fault
     yield "Groq: not asked", refused, seen.total("refused"), seen.total("refused") + vanished
-    yield "Groq: arrived", arrived, completed + failed, asked
+    resent = seen.faults["hung up"]  # at most, on a new connection if it was a pooled one
+    yield "Groq: arrived", arrived, completed + failed, asked + resent
 
 
 def broken_conversations(
