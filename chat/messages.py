@@ -35,10 +35,13 @@ def flatten(exchanges: Iterable[Exchange]) -> list[Message]:
     return [message for exchange in exchanges for message in exchange.messages]
 
 
+NO_MESSAGES: list[Message] = []
+
+
 class ChatRequest(msgspec.Struct):
     """The body of `POST /chat`, and a message on the WebSocket; unknown members are ignored."""
 
-    messages: list[Message] = []
+    messages: list[Message] = msgspec.field(default_factory=lambda: NO_MESSAGES)
     stream: bool | None = None
     conversation: str | None = None
     cancel: bool = False  # on the WebSocket only
@@ -60,7 +63,7 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
     if not (may_cancel and request.cancel):
-        if not request.messages and b'"messages"' not in received:
+        if request.messages is NO_MESSAGES:
             raise MissingMessages
         _check(request)
     return request
@@ -96,6 +99,8 @@ def _in_the_words_of_json(error: str) -> str:
     kinds = re.findall(r"`(\w+)[^`]*`", what)  # or the one name of a missing member
     if what.startswith("Object missing"):
         return f"{path}.{kinds[0]} is missing"
+    if len(kinds) != 2:
+        return "the body has a number that is out of range"
     expected, found = (JSON_KINDS.get(kind, kind) for kind in kinds)
     return f"{path or 'the body'} must be {expected}, not {found}"
 

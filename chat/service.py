@@ -181,11 +181,13 @@ class ChatService:
                         reply.sent += some  # only what the transport has taken
                 reply.is_whole = True
             except errors.GroqRefused as error:
-                if not error.is_too_large:
+                if not error.is_too_large or reply.ttft_ms is not None:
                     raise
                 if not turn.history:
                     raise errors.BadRequest("the message is too long for the model") from error
-                refused = turn.known_tokens + turn.new_count.tokens
+                size = sum(len(each.content.encode()) for each in messages)
+                # An estimate may be far too low for odd text, which must not cost others room.
+                refused = max(turn.known_tokens + turn.new_count.tokens, size // 4)
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()
         if refused and reply.model == self._settings.model:

@@ -96,6 +96,32 @@ def test_the_fallback_is_asked_when_a_200_says_that_the_quota_is_used_up(
         assert models(groq.asked(f"question {stream}")) == [MODEL, FALLBACK_MODEL]
 
 
+def test_a_context_that_is_full_in_mid_reply_is_an_error_and_no_second_reply(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service()
+    service.reply("hello", conversation)
+    said = 'data: {"error":{"code":400,"message":"Context size has been exceeded."}}'
+    groq.on("question", Script(["Once"], error_before_token=1, error=said))
+    with service.stream("question", conversation) as (_, events):
+        assert [event.name for event in events] == ["message", "error"]
+    assert len(groq.asked("question")) == 1
+    assert service.contents(conversation) == ["hello", "You said: hello"]
+
+
+def test_odd_text_that_is_too_long_costs_others_no_history(
+    start_service: StartService, groq: FakeGroq, conversation: str
+) -> None:
+    service = start_service()
+    groq.on("odd", Script(status=413), Script(["good"]))
+    messages = [("user", "\x7f" * 9000), ("assistant", "ok"), ("user", "odd")]
+    sent = [{"role": role, "content": content} for role, content in messages]
+    assert service.http.post("/chat", json={"messages": sent}).status_code == 200
+    for number in range(4):
+        service.reply(f"n{number}", conversation)
+    assert len(groq.asked("n3")[0].contents) == 7
+
+
 def test_a_mistake_of_one_client_opens_no_circuit(
     start_service: StartService, groq: FakeGroq
 ) -> None:

@@ -1,7 +1,7 @@
 """What is sent beside the messages, by the server that is asked."""
 
 from chat.config import Settings
-from chat.llm.dialects import parameters
+from chat.llm.dialects import parameters, stream_parameters
 
 GPT_OSS = "openai/gpt-oss-20b"
 REASONING = {"include_reasoning": False, "reasoning_effort": "high"}
@@ -20,3 +20,6 @@ def test_each_server_gets_the_parameters_that_it_knows() -> None:
         ("api.groq.com.example", GPT_OSS, {"max_tokens": 7}),
     ):
         assert parameters(host, model, settings) == {"model": model, **expected}, (host, model)
+    usage = {"stream_options": {"include_usage": True}}
+    assert stream_parameters("localhost") == {"stream": True, **usage}
+    assert stream_parameters("api.mistral.ai") == {"stream": True}

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from chat.errors import GroqError, GroqFailed, GroqRefused
+from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyEmpty
 from chat.llm.endings import FINISH_REASONS, error_in, failure
 
 TPM = "Request too large for model `m` on tokens per minute (TPM): Limit 8000, Requested 9001"
 LONG = "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens"
 TOO_LONG = 413
-FAILED = 0
+FAILED, FILTERED = 0, 1
 
 # What an error inside a 200 says, and the status that it means.
 ERRORS: list[tuple[Any, int]] = [
@@ -40,7 +40,13 @@ ERRORS: list[tuple[Any, int]] = [
     ({"type": "request_too_large"}, TOO_LONG + TOO_LONG),
     ({"code": 413}, TOO_LONG + TOO_LONG),
     ({"message": "CUDA out of memory", "type": "server_error", "code": 500}, FAILED),
-    ({"type": "overloaded_error"}, FAILED),
+    ({"type": "overloaded_error"}, 503),
+    ({"code": 400, "message": "maximum number of tokens; input token count (9)"}, 400 + TOO_LONG),
+    ({"code": 400, "message": "input length and max_tokens exceed context limit"}, 400 + TOO_LONG),
+    ({"code": 400, "message": "too many tokens: 9"}, 400 + TOO_LONG),
+    ({"code": 400, "message": "Prompt exceeds max length"}, 400 + TOO_LONG),
+    ({"code": 400, "message": "must be <= `8192`, the `context_window` for this model"}, 400),
+    ({"code": "content_filter"}, FILTERED),
     ({"message": "boom"}, FAILED),
     ({"code": 50001}, FAILED),
     ("boom", FAILED),
@@ -53,6 +59,8 @@ ERRORS: list[tuple[Any, int]] = [
 def meaning(error: GroqError) -> int:
     if isinstance(error, GroqFailed):
         return FAILED
+    if isinstance(error, GroqReplyEmpty):
+        return FILTERED
     assert isinstance(error, GroqRefused)
     return error.upstream_status + TOO_LONG * error.is_too_large
 

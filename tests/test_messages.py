@@ -76,6 +76,8 @@ def test_each_error_says_what_is_wrong_in_the_words_of_json() -> None:
         b'{"messages":[{"role":"user"}]}': "messages[0].content is missing",
         b'{"stream":"true"}': "stream must be true or false, not a string",
         b'{"conversation":{}}': "conversation must be a string, not an object",
+        b'{"input":{"messages":[]}}': "messages is missing",
+        b'{"stream":1e999}': "the body has a number that is out of range",
         b"[]": "the body must be an object, not an array",
         b"[" * 9999: "the body must be valid JSON in UTF-8: it is nested too deeply",
         one("null"): "messages[0].content must be a string, not null",

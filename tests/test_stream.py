@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import re
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyBroken, GroqReplyCut
@@ -66,6 +67,7 @@ def test_any_bytes_end_in_a_reply_or_in_an_error_of_ours(stream: bytes) -> None:
 def test_events_without_an_error_are_those_of_the_standard(stream: bytes) -> None:
     lines = stream.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     text = lines.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
+    assume(not re.search(rb"(^|\n)(\{|error(:|\n|$))", lines))  # read though not standard
     expected = [e.data for e in events(iter([text.encode()])) if e.name != "error" and e.data]
     ours = [data.decode("latin-1") for data in EventParser().feed(stream)]
     assert [data for data in ours if not data.startswith('{"error":[')] == expected
@@ -148,7 +150,10 @@ def test_the_last_report_of_usage_counts_and_the_id_for_support_is_kept() -> Non
         (HI, Parsed("Hi", GroqReplyCut)),
         (HI + 'data: {"choices":[{"del', Parsed("Hi", GroqReplyCut)),
         (HI + 'data: {"error":{"message":"m"}}\n\n' + DONE, Parsed("Hi", GroqFailed)),
-        (HI + 'data: {"error":"overloaded"}\n\n' + HI, Parsed("Hi", GroqFailed)),
+        (HI + 'data: {"error":"overloaded"}\n\n' + HI, Parsed("Hi", GroqRefused)),
+        (HI + 'error: {"code":500,"message":"m"}\n\n' + DONE, Parsed("Hi", GroqFailed)),
+        ('{"error":{"code":429}}', Parsed("", GroqRefused)),
+        ('data: [{"error":{"code":429}}]\n\n', Parsed("", GroqRefused)),
         (HI + 'event: error\ndata: {"m": 1}\n\n', Parsed("Hi", GroqFailed)),
         (HI + "event: error\ndata: oops", Parsed("Hi", GroqFailed)),
         (HI + 'data: {"x_groq":{"error":"e"}}\n\n', Parsed("Hi", GroqFailed)),
@@ -221,6 +226,7 @@ ODD = [
     'data: {"choices":{}}\n\n',
     'data: {"choices":[],"error":{}}\n\n',
     'data: {"x_groq":[],"usage":5}\n\n',
+    chunk("{}", finish_reason='"null"'),
 ]
 
 
@@ -265,6 +271,8 @@ def test_only_a_known_finish_reason_ends_a_reply_and_after_it_nothing_fails() ->
     assert parse([(HI + end + 'data: {"error":"late"}\n\nx').encode()]) == Parsed(
         "Hi", None, "length"
     )
+    both = '"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}],"error":{"code":502}'
+    assert parse([f"data: {{{both}}}\n\n".encode()]) == Parsed("Hi", GroqFailed)
     for reason, error in (("abort", GroqFailed), ("error", GroqFailed), ("throttled", GroqRefused)):
         stream = HI + chunk("{}", finish_reason=f'"{reason}"') + DONE
         assert parse([stream.encode()]) == Parsed("Hi", error)
@@ -286,7 +294,7 @@ def test_the_data_of_an_error_event_is_classed_too() -> None:
     for data, error in (
         ('{"code":429}', GroqRefused),
         ('{"error":{"code":"context_length_exceeded"}}', GroqRefused),
-        ("overloaded", GroqFailed),
+        ("overloaded", GroqRefused),
         ("", GroqFailed),
         ("null", GroqFailed),
     ):

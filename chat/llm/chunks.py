@@ -59,13 +59,14 @@ def decode(events: list[bytes]) -> list[Chunk] | None:
 def load(event: bytes) -> Any:
     """Decode any event, with surrogates for what is not UTF-8; raise if it is not JSON."""
     try:
-        return json.loads(event.decode(errors="surrogateescape"))
+        loaded = json.loads(event.decode(errors="surrogateescape"))
     except MALFORMED:
         raise GroqReplyBroken(cause="an event that is not JSON") from None
+    return loaded[0] if isinstance(loaded, list) and loaded else loaded  # as Gemini sends errors
 
 
 def load_error(received: bytes) -> Any:
-    """Decode what tells of an error, JSON or text."""
+    """Decode the report of an error, JSON or text."""
     try:
         return msgspec.json.decode(received)
     except MALFORMED:
@@ -86,10 +87,12 @@ def decode_leniently(event: bytes) -> tuple[Chunk, str]:
         holder = reduce(getitem, way, loaded)
         found = holder.pop(last)
         if last == "content" and isinstance(found, list):
-            texts = [
-                each for each in found if isinstance(each, dict) and each.get("type") == "text"
+            parts = [
+                part for part in found if isinstance(part, dict) and part.get("type") == "text"
             ]
-            holder[last] = "".join(str(each.get("text") or "") for each in texts)
+            texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+            holder[last] = "".join(texts)
+            odd = odd or f"{path}: no text part" * (not texts)
         else:
             odd = odd or f"{path}: {kind or 'out of range'}"
     raise GroqReplyBroken(cause=odd or "an event that is no object")

@@ -12,6 +12,14 @@ MAX_TOKENS = {
 }
 # The models that are told how to reason: https://console.groq.com/docs/reasoning
 REASONING = {"api.groq.com": re.compile(r"openai/gpt-oss-\d+b")}
+# It sends usage by itself, and refuses to be asked: https://docs.mistral.ai/api
+NO_STREAM_OPTIONS = {"api.mistral.ai"}
+
+
+def stream_parameters(host: str) -> dict[str, object]:
+    """Return what is sent along if the reply is to be streamed."""
+    usage = {} if host.lower() in NO_STREAM_OPTIONS else {"stream_options": {"include_usage": True}}
+    return {"stream": True, **usage}
 
 
 def parameters(host: str, model: str, settings: Settings) -> dict[str, object]:

@@ -1,23 +1,25 @@
-"""How a reply ends, decided here alone: by a status, an error or a finish reason. Pure."""
+"""What a status, an error or a finish reason of the upstream means for a reply. Pure functions."""
 
 import re
 from typing import Any
 
-from chat.errors import GroqError, GroqFailed, GroqRefused
+from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyEmpty
 
 # The words of OpenAI, and of Anthropic, Bedrock, Cohere, Gemini, Mistral, TGI and Together, in
 # lower case. Any other word says that the reply has failed.
 FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    "model_context_window_exceeded": "length",
     **dict.fromkeys(
         ("content_filter", "content_filtered", "safety", "recitation"), "content_filter"
     ),
     **dict.fromkeys(("blocklist", "prohibited_content", "spii", "sensitive"), "content_filter"),
-    **dict.fromkeys(("refusal", "guardrail_intervened"), "content_filter"),
+    **dict.fromkeys(("refusal", "guardrail_intervened", "language"), "content_filter"),
+    **dict.fromkeys(("image_safety", "image_prohibited_content"), "content_filter"),
     **dict.fromkeys(("tool_calls", "function_call", "tool_call", "tool_use"), "tool_calls"),
 }
-# What a reply without text is told as, by its finish reason.
+# What to say of a reply without text, by its finish reason.
 EMPTY = {
     "length": "used up its {} tokens before it wrote any text",
     "content_filter": "wrote no text that its content filter passed",
@@ -32,14 +34,18 @@ STATUSES = {
     403: r"permission|forbidden|access.?denied",
     503: r"overload|unavailable|capacity|insufficient.?system.?resource",
     422: r"unprocessable",
-    400: r"invalid.?(request|argument|parameter|prompt)|bad.?request|validation",
+    400: r"invalid.?(request|argument|parameter|prompt)|bad.?request|validation|"
+    r"content.?(filter|policy)|moderation",
 }
 TOO_LARGE = re.compile(
-    r"context.{0,20}(length|size|window)|reduce the length|max(imum)?.model.len"
-    r"|(prompt|input|request|messages?)( is| are)? too (long|large)"
-    r"|must have less than \d+ tokens|(request|payload|entity|content).too.large",
+    r"context.{0,20}(length|size|limit)|context.?window(?!. for this model)|reduce the length"
+    r"|max(imum)?.(model|prompt|input).len|(prompt|input|request|messages?)( is| are)? too long"
+    r"|(request|payload|entity|content|body|input|prompt).too.large|input.length|input token count"
+    r"|too many (input )?tokens|model token limit|exceeds (max|the maximum allowed) length"
+    r"|must have less than \d+ tokens|max_new_tokens. must be",
     re.I,
 )
+FILTERED = re.compile(r"content.?(filter|policy)|moderation", re.I)
 
 
 def failure(status: int, said: Any, retry_after: int = 0) -> GroqError:
@@ -55,13 +61,16 @@ def failure(status: int, said: Any, retry_after: int = 0) -> GroqError:
     if status in (400, 500):  # servers use them for everything
         matching = (each for each, row in STATUSES.items() if re.search(row, words, re.I))
         status = next(matching, status)
-    if is_in_200 and status >= 500:
-        return GroqFailed()
+    if status == 400 and FILTERED.search(words):
+        return GroqReplyEmpty(EMPTY["content_filter"])
+    if is_in_200 and status >= 500 and status != 503:
+        cause = " ".join(told) or (said if isinstance(said, str) else "")
+        return GroqFailed(cause=cause if re.fullmatch(r"[\w .-]{1,60}", cause) else "")
     return GroqRefused(status, retry_after, is_too_large=status == 413)
 
 
 def error_in(event: dict[str, Any]) -> Any:
-    """Return the error that an event tells of; a false value if it tells of none."""
+    """Return the error in an event; a false value if there is none."""
     extra, choices = event.get("x_groq"), event.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     for holder in (event, extra, choice):

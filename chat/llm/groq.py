@@ -21,7 +21,7 @@ from httpx_aiohttp import AiohttpTransport
 from chat import errors, metrics
 from chat.config import Settings, proxy_for
 from chat.llm.chunks import MALFORMED, load_error
-from chat.llm.dialects import parameters
+from chat.llm.dialects import parameters, stream_parameters
 from chat.llm.endings import failure
 from chat.llm.stream import ReplyParser, parser_for
 from chat.messages import Message
@@ -116,7 +116,7 @@ class Groq:
         """Send the request; return the response, which is among those to be closed."""
         options = {**self._options, "messages": messages}
         if reply.is_stream:
-            options |= {"stream": True, "stream_options": {"include_usage": True}}
+            options |= stream_parameters(self._chat_url.host)
         request = self._request("POST", self._chat_url, content=msgspec.json.encode(options))
         # There is no client in front: what it adds, such as redirects, costs 0.06 ms a request.
         is_reused.set(False)

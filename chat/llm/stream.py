@@ -46,9 +46,13 @@ class EventParser:
 
 
 def _data(event: bytes) -> bytes:
+    if event.startswith(b"{"):
+        return event  # an error that is not framed
     fields = [line.partition(b":")[::2] for line in event.split(b"\n")]
-    data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field == b"data")
-    if dict(fields).get(b"event", b"").removeprefix(b" ") == b"error":
+    kinds = (b"data", b"error")  # the latter from llama.cpp
+    data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field in kinds)
+    last = dict(fields)
+    if b"error" in last or last.get(b"event", b"").removeprefix(b" ") == b"error":
         return msgspec.json.encode({"error": [chunks.load_error(data)]})
     return data
 
@@ -119,10 +123,10 @@ class ReplyParser:
                 elif delta and delta.refusal:
                     tokens.append(delta.refusal)
                     self.is_refusal = True
-                if choice.finish_reason:
-                    self._finish(choice.finish_reason)
             if not chunk.choices or chunk.usage or chunk.x_groq or chunk.error or choice.error:
                 self._note(chunk, event)
+            if not self.error and chunk.choices and choice.finish_reason:
+                self._finish(choice.finish_reason)
             if self.error:
                 break
         return tokens
@@ -144,7 +148,7 @@ class ReplyParser:
     def _finish(self, reason: str) -> None:
         if known := FINISH_REASONS.get(reason.lower()):
             self.finish_reason = known
-        else:
+        elif reason != "null":
             self._fail(failure(200, reason))
 
     def _note(self, chunk: chunks.Chunk, event: bytes) -> None:
@@ -168,8 +172,8 @@ def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     asked_for = "text/event-stream" if is_stream else "application/json"
     media_type = (headers.get("content-type") or asked_for).partition(";")[0].strip().lower()
     parser = PARSERS.get(media_type)
-    encoding = headers.get("content-encoding") or "identity"
-    if parser and encoding.lower() == "identity":
+    encoding = headers.get("content-encoding", "")
+    if parser and encoding.lower() not in ("gzip", "deflate", "br", "zstd"):
         return ReplyParser(parser())
     cause = f"content type {media_type:.100}, encoding {encoding:.100}"
     raise errors.GroqReplyBroken(cause=cause)
