@@ -80,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout: Timeout = 600.0
     keep_alive_interval: Timeout = 15.0
     keep_alive_timeout: Timeout = 75.0
+    resume_timeout: Delay = 120.0
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
     web_concurrency: Annotated[int, Meta(ge=1, le=1000)] = 1

@@ -18,7 +18,7 @@ JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
 HALF_CHARACTER = re.compile(
     rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
 )
-CONVERSATION_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
+ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -48,7 +48,9 @@ class ChatRequest(msgspec.Struct):
     messages: list[Message] = []
     stream: bool | None = None
     conversation: str | None = None
+    reply: str | None = None  # a name under which the reply can be read again
     cancel: bool = False  # on the WebSocket only
+    after: int = 0  # likewise: a position in the reply's text
 
 
 _REQUEST = msgspec.json.Decoder(ChatRequest)
@@ -66,7 +68,9 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
         raise BadRequest(_in_the_words_of_json(str(error))) from None
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
-    if not (may_cancel and request.cancel):
+    if request.reply is not None:
+        check_id("reply", request.reply)
+    if not (may_cancel and (request.cancel or (request.reply and not request.messages))):
         if not request.messages and b'"messages"' not in received:
             raise MissingMessages
         _check(request)
@@ -130,10 +134,10 @@ def _check(request: ChatRequest) -> None:
     if messages[-1].role != "user":
         raise BadRequest("the last message must be from 'user'")
     if request.conversation is not None:
-        check_conversation_id(request.conversation)
+        check_id("conversation", request.conversation)
 
 
-def check_conversation_id(conversation: str) -> None:
-    """Raise `BadRequest` unless the id has the form that makes it hard to guess."""
-    if CONVERSATION_ID.fullmatch(conversation) is None:
-        raise BadRequest("conversation must be 16 to 64 characters of A-Z a-z 0-9 _ -")
+def check_id(name: str, value: str) -> None:
+    """Raise `BadRequest` unless an id has the form that makes it hard to guess."""
+    if ID.fullmatch(value) is None:
+        raise BadRequest(f"{name} must be 16 to 64 characters of A-Z a-z 0-9 _ -")

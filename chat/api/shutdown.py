@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from chat.config import Settings
+from chat.replies import Replies
 from chat.service import ChatService
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Shutdown:
     """`/ready` turns 503; after DRAIN_DELAY new chats are refused; others have DRAIN_TIMEOUT."""
 
     service: ChatService
+    replies: Replies
     settings: Settings
     has_begun: bool = False
 
@@ -57,6 +59,7 @@ class Shutdown:
         logger.info("draining: traffic should go elsewhere")
         await asyncio.sleep(self.settings.drain_delay)
         await self.service.drain(self.settings.drain_timeout)
+        await self.replies.hand_over()
         logger.info("drained")
         server = getattr(original, "__self__", None)  # the handler is a method of its
         if not isinstance(server, uvicorn.Server):  # another server's
