@@ -22,13 +22,14 @@ CANCEL_TIMEOUT = 1.0
 class Elsewhere:
     """A transport's view of a reply: its tokens, and afterwards how it has ended."""
 
+    place = "elsewhere"
     end: End | None = None
     is_after_cr = False  # the text before what comes next ends with a CR
 
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
-        self.after = after
+        self.after = self._position = after
         self._handover, self._key, self._owner = handover, key, owner
-        self._position, self._reader, self._asked_at = after, "", -inf
+        self._reader, self._asked_at = uuid4().hex, -inf
 
     @property
     def truncated(self) -> str | None:
@@ -84,12 +85,12 @@ class Elsewhere:
             await asyncio.sleep(0 if self.end else READ_INTERVAL)
 
     async def _look(self, now: float) -> list[Entry]:
-        """Return what may be new; tell the owner now and then that somebody reads."""
+        """Return what may be new; tell the owner now and then who reads, and what they have."""
+        if self._asked_at == -inf:
+            await self._handover.become_reader(self._key, self._reader)
         if now - self._asked_at >= FOLLOW_INTERVAL:
-            if not self._reader:
-                self._reader = uuid4().hex
-                await self._handover.become_reader(self._key, self._reader)
-            await self._handover.write_to(self._owner, f"follow {self._key} {self._reader}")
+            letter = f"follow {self._key} {self._reader} {self._position}"
+            await self._handover.write_to(self._owner, letter)
             self._asked_at = now
         if await self._handover.reader(self._key) not in (self._reader, ""):
             raise errors.ReplyTakenOver
@@ -97,20 +98,20 @@ class Elsewhere:
 
     def _take(self, position: int, kind: str, text: str) -> str:
         """Return what an entry adds to the text."""
+        begin, place = position - (len(text) if kind == "text" else 1), self._position
         if kind == "gone":
             raise errors.ReplyNotFound
-        begin = position - (len(text) if kind == "text" else 1)
-        if begin > self._position:  # something is missing: a new reader is sent all of it
-            self._reader, self._asked_at = "", -inf
-            return ""
-        if kind == "end":
-            if self._position == position:
-                raise errors.NothingLeft
-            if self._position > position:
-                raise errors.BadRequest(f"the text has no position {self._position}")
+        if kind == "beyond" or (kind == "end" and place > position):
+            raise errors.BadPosition(place)
+        if kind == "end" and place == position:
+            raise errors.NothingLeft
+        is_second_half = 0 < begin == self.after and text.startswith("\n")  # of a CRLF, perhaps
+        if begin > place or (is_second_half and place == begin):
+            self._asked_at = -inf  # something is missing: the owner writes all of it
+        elif kind == "end":
             self.end = msgspec.json.decode(text, type=End)
-            return ""
-        place = max(0, self._position - begin)
-        self.is_after_cr = text[max(0, place - 1) : place] == "\r"
-        self._position = max(position, self._position)
-        return text[place:]
+        elif position > place:
+            self._position = position
+            self.is_after_cr = text[: place - begin].endswith("\r")
+            return text[place - begin :]
+        return ""

@@ -5,8 +5,8 @@ ChatError
 ├── about the request    BadRequest 400, MissingMessages 400, BinaryMessage /1003,
 │                        OriginNotAllowed 403/1008, ConversationNotFound 404, BodyTooSlow 408,
 │                        BodyTooLarge 413/1009, BodyCompressed 415
-├── about a kept reply   ReplyNotFound 404, ReplyConflict 409, ReplyTakenOver 409,
-│                        ReplyUnavailable 503, NothingLeft 204
+├── about a kept reply   BadPosition 400, ReplyNotFound 404, ReplyConflict 409,
+│                        ReplyTakenOver 409, ReplyUnavailable 503, NothingLeft 204
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
@@ -45,6 +45,10 @@ class MissingMessages(BadRequest):
 
 class BinaryMessage(BadRequest):
     close_code, text = 1003, "messages must be JSON in text frames, not binary frames"
+
+
+class BadPosition(BadRequest):
+    text = "the text has no position {}"
 
 
 class OriginNotAllowed(ChatError):

@@ -9,6 +9,7 @@ import msgspec
 from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
+MAX_POSITION = 10**15
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 EMPTY = str(MissingMessages()).replace("messages is missing", "the body is empty")
 MISSING = re.compile("Object missing required field `(.+)`")
@@ -70,6 +71,8 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
     if request.reply is not None:
         check_id("reply", request.reply)
+        if not 0 <= request.after < MAX_POSITION:
+            raise BadRequest("after must be the position of a token, such as 8")
     if not (may_cancel and (request.cancel or (request.reply and not request.messages))):
         if not request.messages and b'"messages"' not in received:
             raise MissingMessages

@@ -1,15 +1,14 @@
 """
-Replies that outlive their connection. A reply that its client has named runs in a task of its own,
-into a text that transports read from a position; other replicas read it through Redis.
+Replies that outlive their connection: those that their clients have named, until nobody has read
+them for a while. Other replicas read them through Redis.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from hashlib import sha256
 from math import inf
-from sys import getsizeof
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,10 +17,11 @@ import msgspec
 from chat import errors, metrics
 from chat.config import Settings
 from chat.elsewhere import Elsewhere
+from chat.kept import KeptReply, Reading
 from chat.messages import ChatRequest
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.handover import GONE, Claim, End, Entry, Handover
+from chat.storage.handover import BEYOND, GONE, Claim, End, Handover
 
 logger = logging.getLogger(__name__)
 
@@ -32,109 +32,6 @@ ABSENT_READER = 5.0  # seconds without a letter after which a reader elsewhere h
 HAND_OVER_TIMEOUT = 3.0
 
 Admit = Callable[[], Awaitable[None]]
-
-
-class KeptReply:
-    """A reply that runs by itself: its text, how it has ended, and who reads it."""
-
-    def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
-        self.key, self.fingerprint, self.reply = key, fingerprint, reply
-        self.tokens: list[str] = []
-        self.length = self.resumed = 0
-        self.end: End | None = None
-        self.error: errors.ChatError | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.reader: object = None  # the newest; a string if it is elsewhere
-        self.former_readers: set[object] = set()
-        self.heard_at = 0.0  # when a reader elsewhere last wrote
-        self.written: int | None = None  # up to where others can read it
-        self.expiry: asyncio.TimerHandle | None = None
-        self._waiting: asyncio.Future[None] | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(map(getsizeof, self.tokens))
-
-    def append(self, tokens: list[str]) -> None:
-        self.tokens += tokens
-        self.length += sum(map(len, tokens))
-        if self.reader is None:
-            metrics.CHAT_UNATTENDED_TOKENS.inc(len(tokens))
-        self.wake()
-
-    def wake(self) -> None:
-        if self._waiting and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    def check_position(self, after: int) -> None:
-        if self.end and after == self.length + 1:
-            raise errors.NothingLeft
-        if after > self.length:
-            raise errors.BadRequest(f"the text has no position {after}")
-
-    async def read(self, after: int, reader: object) -> AsyncGenerator[list[str], None]:
-        """Give what is there after a position as one token, and then each token as it comes."""
-        number = len(self.tokens)
-        if after < self.length:
-            yield ["".join(self.tokens)[after:]]
-        while self.reader is reader:
-            if number < len(self.tokens):
-                some = self.tokens[number:]
-                number += len(some)
-                yield some
-            elif self.end:
-                return
-            else:
-                self._waiting = asyncio.get_running_loop().create_future()
-                await self._waiting
-        raise errors.ReplyTakenOver
-
-    def unwritten(self, *, anew: bool = False) -> list[Entry]:
-        """Return what others cannot read yet, or all of it."""
-        begin, entries = 0 if anew else self.written or 0, list[Entry]()
-        if begin < self.length:
-            entries.append(Entry(self.length, "text", "".join(self.tokens)[begin:]))
-        if self.end and begin <= self.length:
-            entries.append(Entry(self.length + 1, "end", msgspec.json.encode(self.end).decode()))
-        return entries
-
-
-class Reading:
-    """A transport's view of a reply: its tokens, and afterwards how it has ended."""
-
-    end: End | None = None
-
-    def __init__(self, replies: "Replies", kept: KeptReply, after: int) -> None:
-        self.after, self._replies, self._kept = after, replies, kept
-        self.is_after_cr = "".join(kept.tokens)[:after].endswith("\r")
-
-    @property
-    def truncated(self) -> str | None:
-        return self.end.truncated if self.end else None
-
-    @asynccontextmanager
-    async def tokens(self) -> AsyncIterator[AsyncGenerator[list[str], None]]:
-        """Give the tokens for as long as the context lasts; raise `ChatError` as the reply did."""
-        kept, reader = self._kept, object()
-        self._replies.attend(kept, reader)
-        try:
-            async with aclosing(kept.read(self.after, reader)) as tokens:
-                yield tokens
-            if kept.end:
-                self.end = kept.end
-                self.end.check(kept.error)
-        finally:
-            self._replies.leave(kept, reader)
-
-    async def cancel(self) -> None:
-        """End the reply for a client that asks for no more; return once Groq is stopped."""
-        self._kept.reply.cancel()
-        if self._kept.task:
-            await asyncio.wait([self._kept.task])
-
-    def summary(self) -> dict[str, Any]:
-        """Return what the log line of the request says."""
-        return self._kept.reply.summary() if self.end else {"outcome": "detached"}
 
 
 class Replies:
@@ -158,47 +55,21 @@ class Replies:
             found = await self._find(key, "" if after else fingerprint)
             if found and fingerprint not in ("", found.fingerprint):
                 raise errors.ReplyConflict
-            if isinstance(found, KeptReply):
-                found.check_position(after)
-                found.resumed += 1
-                metrics.resumes["here"].inc()
-                return Reading(self, found, after)
-            if found and self._handover and found.owner != self._handover.replica:
-                metrics.resumes["elsewhere"].inc()
-                return Elsewhere(self._handover, key, found.owner, after)
+            if view := self._view(key, found, after):
+                metrics.resumes[view.place].inc()
+                return view
             if found or request is None or reply is None or after:
                 metrics.resumes["lost"].inc()
                 await admit()
                 raise errors.ReplyNotFound
-            return await self._begin(key, fingerprint, request, reply, admit)
+            return await self._begin(KeptReply(key, fingerprint, reply), request, admit)
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
         found = await self._find(key := _key(name))
-        if isinstance(found, KeptReply):
-            await Reading(self, found, 0).cancel()
-        elif found and self._handover and found.owner != self._handover.replica:
-            await Elsewhere(self._handover, key, found.owner, 0).cancel()
-        else:
+        if (view := self._view(key, found, 0)) is None:
             raise errors.ReplyNotFound
-
-    def attend(self, kept: KeptReply, reader: object) -> None:
-        """Give a reply to a reader; the one before is told so."""
-        kept.former_readers.add(kept.reader)
-        kept.reader = reader
-        if kept.expiry:
-            kept.expiry.cancel()
-        self._set_unattended(kept, False)
-        kept.wake()
-
-    def leave(self, kept: KeptReply, reader: object) -> None:
-        """Note that a reader has gone, unless another has taken the reply over."""
-        if kept.reader is reader and self._kept.get(kept.key) is kept:
-            kept.reader = None
-            kept.expiry = asyncio.get_running_loop().call_later(self._timeout, self._expire, kept)
-            self._set_unattended(kept, not kept.end)
-            if not kept.end:  # Redis may have been away at the beginning
-                self._in_background(self._claim(kept))
+        await view.cancel()
 
     async def hand_over(self) -> None:
         """Write what is kept here for the other replicas, the newest first."""
@@ -224,21 +95,27 @@ class Replies:
                 raise
             return None  # only this replica will know it
 
-    async def _begin(
-        self, key: str, fingerprint: str, request: ChatRequest, reply: Reply, admit: Admit
-    ) -> Reading:
-        kept = KeptReply(key, fingerprint, reply)
+    def _view(
+        self, key: str, found: KeptReply | Claim | None, after: int
+    ) -> Reading | Elsewhere | None:
+        if isinstance(found, KeptReply):
+            return Reading(found, after, self._attend, self._leave)
+        if found and self._handover and found.owner != self._handover.replica:
+            return Elsewhere(self._handover, key, found.owner, after)
+        return None
+
+    async def _begin(self, kept: KeptReply, request: ChatRequest, admit: Admit) -> Reading:
         try:
             await admit()
         except BaseException:
-            self._in_background(self._release(kept))
+            await self._release(kept)
             raise
-        self._kept[key] = kept
+        self._kept[kept.key] = kept
         kept.task = self._in_background(self._run(kept, request))
-        self.leave(kept, None)  # the connection may break before it is read
+        self._leave(kept, None)  # the connection may break before it is read
         if self._handover and (self._serving is None or self._serving.done()):
             self._serving = self._in_background(self._serve(self._handover))
-        return Reading(self, kept, 0)
+        return Reading(kept, 0, self._attend, self._leave)
 
     async def _run(self, kept: KeptReply, request: ChatRequest) -> None:
         try:
@@ -248,61 +125,73 @@ class Replies:
             kept.end = End(truncated=kept.reply.truncated)
         except errors.ReplyCancelled:
             kept.end = End(is_cancelled=True)
+        except asyncio.CancelledError:  # nobody has come back
+            self._forget(kept)
+            kept.error = errors.ReplyNotFound()
         except errors.ChatError as error:
-            kept.error, kept.end = error, End(error=str(error))
+            kept.error = error
+            if not kept.tokens:  # the same request may be sent again
+                self._forget(kept)
+                await self._release(kept)
         finally:
             self._note_end(kept)
 
     def _note_end(self, kept: KeptReply) -> None:
-        self._set_unattended(kept, False)
+        kept.end = kept.end or End(error=str(kept.error))
+        kept.set_unattended(False)
         kept.wake()
-        if kept.end is None:  # it was cancelled, since nobody has come back
-            self._forget(kept)
-        elif kept.error and not kept.tokens:  # the same request may be sent again
-            self._forget(kept)
-            self._in_background(self._release(kept))
-        else:
+        if self._kept.get(kept.key) is kept:
             self._kept[kept.key] = self._kept.pop(kept.key)
             self._ended_bytes += kept.size
             while self._ended_bytes > MAX_ENDED_BYTES:
                 self._forget(next(each for each in self._kept.values() if each.end))
-        if kept.reader is None and kept.reply.error:
-            metrics.errors[kept.reply.error.reason].inc()
-        level = logging.WARNING if kept.error else logging.INFO
-        fields = kept.reply.summary() | {"resumed": kept.resumed}
+        if kept.reply.error and (kept.reader is None or isinstance(kept.reader, str)):
+            metrics.errors[kept.reply.error.reason].inc()  # which no request's line will count
+        fields = kept.reply.summary() | {"resumed": max(0, kept.readers - 1)}
+        level = logging.WARNING if kept.reply.outcome == "failed" else logging.INFO
         logger.log(level, "reply %s", kept.reply.outcome, extra={"fields": fields})
 
+    def _attend(self, kept: KeptReply, reader: object) -> None:
+        """Give a reply to a reader; the one before is told so."""
+        if self._handover and isinstance(kept.reader, str) and not isinstance(reader, str):
+            taking = self._handover.become_reader(kept.key, self._handover.replica)
+            self._in_background(_quietly(taking))
+        kept.reader = reader
+        kept.readers += 1
+        if kept.expiry:
+            kept.expiry.cancel()
+        kept.set_unattended(False)
+        kept.wake()
+
+    def _leave(self, kept: KeptReply, reader: object) -> None:
+        """Note that a reader has gone, unless another has taken the reply over."""
+        if kept.reader is reader and self._kept.get(kept.key) is kept:
+            kept.reader = None
+            kept.expiry = asyncio.get_running_loop().call_later(self._timeout, self._expire, kept)
+            kept.set_unattended(not kept.end)
+            if self._handover and reader and not kept.end:  # it may have been away at the beginning
+                claim = self._handover.claim(kept.key, kept.fingerprint)
+                self._in_background(_quietly(claim))
+
     def _expire(self, kept: KeptReply) -> None:
-        if kept.end:
-            self._forget(kept)
-        elif kept.task:
+        self._forget(kept)
+        if not kept.end:
             kept.task.cancel()
 
     def _forget(self, kept: KeptReply) -> None:
-        if self._kept.pop(kept.key, None) and kept.end:
-            self._ended_bytes -= kept.size
+        if self._kept.get(kept.key) is kept:
+            del self._kept[kept.key]
+            self._ended_bytes -= kept.size if kept.end else 0
 
-    def _set_unattended(self, kept: KeptReply, is_unattended: bool) -> None:
-        if is_unattended != (kept.reply.unattended_since is not None):
-            metrics.CHAT_REPLIES_UNATTENDED.inc(1 if is_unattended else -1)
-        now = asyncio.get_running_loop().time()
-        kept.reply.unattended_since = now if is_unattended else None
+    async def _release(self, kept: KeptReply) -> None:
+        if self._handover:
+            await _quietly(self._handover.release(kept.key))
 
     def _in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _claim(self, kept: KeptReply) -> None:
-        if self._handover:
-            with suppress(errors.ReplyUnavailable):
-                await self._handover.claim(kept.key, kept.fingerprint)
-
-    async def _release(self, kept: KeptReply) -> None:
-        if self._handover:
-            with suppress(errors.ReplyUnavailable):
-                await self._handover.release(kept.key)
 
     async def _serve(self, handover: Handover) -> None:
         """Answer the letters of other replicas for as long as there are replies."""
@@ -314,32 +203,43 @@ class Replies:
                     shown_at = time()
                 for letter in await handover.letters():
                     await self._obey(handover, *letter)
-                for kept in [*self._kept.values()]:
-                    if kept.written is not None:
-                        await self._write(handover, kept)
-                    if isinstance(kept.reader, str) and time() - kept.heard_at > ABSENT_READER:
-                        self.leave(kept, kept.reader)
+            followed = [kept for kept in self._kept.values() if kept.written is not None]
+            writes = [self._write(handover, kept) for kept in followed]
+            await asyncio.gather(*map(_quietly, writes))
+            for kept in followed:
+                if isinstance(kept.reader, str) and time() - kept.heard_at > ABSENT_READER:
+                    self._leave(kept, kept.reader)
             await asyncio.sleep(MAIL_INTERVAL)
 
-    async def _obey(self, handover: Handover, verb: str, key: str, reader: str = "") -> None:
+    async def _obey(
+        self, handover: Handover, verb: str, key: str, reader: str = "", after: str = ""
+    ) -> None:
         kept = self._kept.get(key)
         if kept is None:
             await handover.write(key, [GONE], anew=True)
         elif verb == "cancel":
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
-        elif reader == kept.reader or reader not in kept.former_readers:
+        elif int(after) > kept.length + bool(kept.end):
+            await handover.write(key, [BEYOND], anew=True)
+        elif reader == kept.reader or await handover.reader(key) in (reader, ""):
             kept.heard_at = asyncio.get_running_loop().time()
             if reader != kept.reader:
-                kept.resumed += 1
-                self.attend(kept, reader)
+                self._attend(kept, reader)
+                kept.written = None
+            if kept.written is None or int(after) < kept.written:
                 await self._write(handover, kept, anew=True)
 
     async def _write(self, handover: Handover, kept: KeptReply, *, anew: bool = False) -> None:
-        if entries := kept.unwritten(anew=anew):
+        begin, kept.written = 0 if anew else kept.written or 0, kept.written or 0
+        if entries := kept.unwritten(begin):
             await handover.write(kept.key, entries, anew=anew)
             kept.written = entries[-1].position
-        kept.written = kept.written or 0
+
+
+async def _quietly(coroutine: Coroutine[Any, Any, object]) -> None:
+    with suppress(errors.ReplyUnavailable):
+        await coroutine
 
 
 def _key(name: str) -> str:

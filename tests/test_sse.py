@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.api.sse import sse_events, sse_named
+from chat.api.sse import sse_named
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, body, connected, events, raw_chat, wait_until

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from chat.api.http import Answer, cancelled_on_disconnect, in_background
 from chat.elsewhere import Elsewhere
 from chat.errors import ChatError, ClientDisconnected
-from chat.replies import Reading
+from chat.kept import Reading
 from chat.reply import Reply
 
 START_TIMEOUT = 10.0  # seconds for the first token; proxies give up on a silent upstream

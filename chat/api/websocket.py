@@ -18,7 +18,7 @@ from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
 from chat.elsewhere import Elsewhere
 from chat.messages import ChatRequest, parse_request
-from chat.replies import Reading
+from chat.kept import Reading
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class ChatSocket:
                 await admission(self._websocket)()
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
+        source, status, summary = None, 200, dict[str, Any]()
         try:
             source, answer = await self._open(request, reply)
             position = request.after if self._reading else None
@@ -120,26 +121,33 @@ class ChatSocket:
         except errors.ReplyCancelled:
             await self._send({"done": "true", "cancelled": "true"})
         except errors.ChatError as error:
+            status, summary = error.status, error.log_fields
             await self._send({"error": str(error)}, error.close_code)
         finally:
             self._answering = None
-            summary = (self._reading or reply).summary()
+            summary |= source.summary() if source else {}
+            status = reply.error.status if reply.error else status
             self._reading = None
             if self._idle:
                 now = asyncio.get_running_loop().time()
                 self._idle.reschedule(now + self._state.settings.idle_timeout)
-            status = reply.error.status if reply.error else 200
             log_request(self._scope, status, summary)
 
     async def _open(self, request: ChatRequest, reply: Reply) -> tuple[Any, Answer]:
         """Return the reply, begun or found, and its tokens."""
-        if not (request.reply and self._state.settings.resume_timeout):
-            return reply, self._state.service.answer(request, reply)
         admit, begun_by = admission(self._websocket), request if request.messages else None
+        if not (request.reply and self._state.settings.resume_timeout):
+            if request.reply:  # which does not count
+                await admit()
+            if begun_by is None:
+                raise errors.ReplyNotFound
+            return reply, self._state.service.answer(request, reply)
         reading = await self._state.replies.open(
             request.reply, begun_by, reply, request.after, admit
         )
         self._reading = reading
+        if reply.is_cancelled:  # meanwhile
+            await reading.cancel()
         return reading, reading.tokens()
 
     async def _send_tokens(

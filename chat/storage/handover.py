@@ -38,14 +38,14 @@ class Claim(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A part of a text, how it ended, or that its owner does not have it (`gone`)."""
+    """A part of a text, how it ended, or why its owner does not write it."""
 
     position: int
     kind: str
     text: str
 
 
-GONE = Entry((1 << 64) - 1, "gone", "")  # after every position
+GONE, BEYOND = (Entry((1 << 64) - 1, why, "") for why in ("gone", "beyond"))  # every position
 
 
 class End(msgspec.Struct):
@@ -101,20 +101,19 @@ class Handover:
 
     async def write(self, key: str, entries: Sequence[Entry], *, anew: bool = False) -> None:
         """Add entries to a replay, or write it anew."""
-        how, values = "anew" if anew else "", list[str]()
-        for position, kind, text in entries:
-            values += (f"0-{position}", kind, text)
-        await self._execute("EVAL", WRITE, 1, f"chat:replay:{key}", self._replay_ttl, how, *values)
+        values = [text for at, *rest in entries for text in (f"0-{at}", *rest)]
+        how, name = "anew" if anew else "", f"chat:replay:{key}"
+        await self._execute("EVAL", WRITE, 1, name, self._replay_ttl, how, *values)
 
     async def read(self, key: str, after: int) -> list[Entry]:
         """Return what comes after a position; the end, even where it does not."""
         name, start = f"chat:replay:{key}", f"(0-{after}"
         found = await self._execute("XRANGE", name, start, "+")
         found = found or await self._execute("XREVRANGE", name, "+", "-", "COUNT", 1)
-        entries = [(id_, *fields.popitem()) for id_, fields in found]
         return [
             Entry(int(id_.partition(b"-")[2]), kind.decode(), text.decode())
-            for id_, kind, text in entries
+            for id_, fields in found
+            for kind, text in fields.items()
         ]
 
     async def become_reader(self, key: str, reader: str) -> None:
