@@ -400,12 +400,12 @@ def part_of(
         connection.settimeout(PATIENCE)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.sendall(head.encode() + sent)
-        file = connection.makefile("rb")
-        status = int((file.readline().split() or [b"", b"0"])[1])
-        while file.readline().strip():
-            pass
-        while piece := file.read1(min(1 << 16, cut - len(received))):
-            received += piece
+        with connection.makefile("rb") as file:
+            status = int((file.readline().split() or [b"", b"0"])[1])
+            while file.readline().strip():
+                pass
+            while piece := file.read1(min(1 << 16, cut - len(received))):
+                received += piece
     if status != 200:
         return Part(status, "", 0, received.decode() or str(status))
     text, position, end = "", int(str(after)), ""

@@ -1,4 +1,4 @@
-"""Replies that outlive their connection, in one process: over each transport, and until forgotten."""
+"""Replies that outlive their connection, in one process: each transport, cuts at each place."""
 
 import json
 import socket
