@@ -10,7 +10,7 @@ from uuid import uuid4
 import msgspec
 
 from chat import errors, metrics
-from chat.storage.handover import End, Entry, Handover
+from chat.storage.handover import BEYOND, End, Entry, Handover
 
 READ_INTERVAL = 0.05  # seconds
 FOLLOW_INTERVAL = 2.0  # seconds between two letters, which tell the owner that there is a reader
@@ -92,7 +92,9 @@ class Elsewhere:
             letter = f"follow {self._key} {self._reader} {self._position}"
             await self._handover.write_to(self._owner, letter)
             self._asked_at = now
-        if await self._handover.reader(self._key) not in (self._reader, ""):
+        if (reader := await self._handover.reader(self._key)) == BEYOND:
+            raise errors.BadPosition(self._position)
+        if reader not in (self._reader, ""):
             raise errors.ReplyTakenOver
         return await self._handover.read(self._key, self._position)
 
@@ -101,7 +103,7 @@ class Elsewhere:
         begin, place = position - (len(text) if kind == "text" else 1), self._position
         if kind == "gone":
             raise errors.ReplyNotFound
-        if kind == "beyond" or (kind == "end" and place > position):
+        if kind == "end" and place > position:
             raise errors.BadPosition(place)
         if kind == "end" and place == position:
             raise errors.NothingLeft

@@ -1,7 +1,7 @@
 """A reply that runs by itself, into a text that transports read from a position."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from sys import getsizeof
 from typing import Any
@@ -93,7 +93,7 @@ class Reading:
         self,
         kept: KeptReply,
         after: int,
-        attend: Callable[[KeptReply, object], None],
+        attend: Callable[[KeptReply, object], Awaitable[None]],
         leave: Callable[[KeptReply, object], None],
     ) -> None:
         if kept.end and after == kept.length + 1:
@@ -112,8 +112,8 @@ class Reading:
     async def tokens(self) -> AsyncIterator[AsyncGenerator[list[str], None]]:
         """Give the tokens for as long as the context lasts; raise `ChatError` as the reply did."""
         kept, reader = self._kept, object()
-        self._attend(kept, reader)
         try:
+            await self._attend(kept, reader)
             async with aclosing(kept.read(self.after, reader)) as tokens:
                 yield tokens
             if kept.end and (kept.tokens or not kept.error):  # else it is as if never begun

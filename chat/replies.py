@@ -151,17 +151,17 @@ class Replies:
         level = logging.WARNING if kept.reply.outcome == "failed" else logging.INFO
         logger.log(level, "reply %s", kept.reply.outcome, extra={"fields": fields})
 
-    def _attend(self, kept: KeptReply, reader: object) -> None:
+    async def _attend(self, kept: KeptReply, reader: object) -> None:
         """Give a reply to a reader; the one before is told so."""
-        if self._handover and isinstance(kept.reader, str) and not isinstance(reader, str):
-            taking = self._handover.become_reader(kept.key, self._handover.replica)
-            self._in_background(_quietly(taking))
         kept.reader = reader
         kept.readers += 1
         if kept.expiry:
             kept.expiry.cancel()
         kept.set_unattended(False)
         kept.wake()
+        if self._handover and kept.readers > 1 and not isinstance(reader, str):
+            # Before anything is sent: the client may be on its way elsewhere afterwards.
+            await _quietly(self._handover.become_reader(kept.key, self._handover.replica))
 
     def _leave(self, kept: KeptReply, reader: object) -> None:
         """Note that a reader has gone, unless another has taken the reply over."""
@@ -221,11 +221,11 @@ class Replies:
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
         elif int(after) > kept.length + bool(kept.end):
-            await handover.write(key, [BEYOND], anew=True)
+            await handover.become_reader(key, BEYOND)
         elif reader == kept.reader or await handover.reader(key) in (reader, ""):
             kept.heard_at = asyncio.get_running_loop().time()
             if reader != kept.reader:
-                self._attend(kept, reader)
+                await self._attend(kept, reader)
                 kept.written = None
             if kept.written is None or int(after) < kept.written:
                 await self._write(handover, kept, anew=True)

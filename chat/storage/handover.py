@@ -38,14 +38,15 @@ class Claim(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A part of a text, how it ended, or why its owner does not write it."""
+    """A part of a text, how it ended, or that its owner does not have it (`gone`)."""
 
     position: int
     kind: str
     text: str
 
 
-GONE, BEYOND = (Entry((1 << 64) - 1, why, "") for why in ("gone", "beyond"))  # every position
+GONE = Entry((1 << 64) - 1, "gone", "")  # after every position
+BEYOND = "beyond"  # in place of a reader whose position the text does not have
 
 
 class End(msgspec.Struct):
@@ -74,12 +75,8 @@ class Handover:
     async def claim(self, key: str, fingerprint: str) -> Claim | None:
         """Return whose a reply is; with a fingerprint, it becomes ours if it is nobody's."""
         name, value = f"chat:reply:{key}", f"{self.replica}:{fingerprint}"
-        if not fingerprint:
-            found = await self._execute("GET", name)
-        else:  # a chat that begins does not wait for Redis
-            command = ("EVAL", CLAIM, 1, name, value, self._claim_ttl)
-            if (found := (await self._redis.try_all([command]))[0]) is None:
-                raise errors.ReplyUnavailable
+        command = ("EVAL", CLAIM, 1, name, value, self._claim_ttl) if fingerprint else ("GET", name)
+        found = await self._execute(*command)
         return Claim(*found.decode().split(":")) if found else None
 
     async def release(self, key: str) -> None:
@@ -124,6 +121,8 @@ class Handover:
         return (await self._execute("GET", f"chat:reader:{key}") or b"").decode()
 
     async def _execute(self, *command: str | int | bytes) -> Any:
+        if not self._redis.is_up:  # a chat that begins does not wait for it
+            raise errors.ReplyUnavailable
         try:
             return await self._redis.execute(*command)
         except errors.HistoryUnavailable:
