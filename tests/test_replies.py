@@ -184,8 +184,8 @@ def test_what_is_wrong_foreign_or_huge_gives_no_text_and_asks_nobody(
     for after in (-1, "abc", "1.5", length + 2, 10**14, 10**15, 10**30, "\u0663"):
         for path in ("", f"/replies/{asked['reply']}"):
             assert part_of(service, asked, after, path=path).status == 400, after
-    for after in (-1, length + 2, 10**14, 10**15, 10**30, "1", None, 1.5):
-        assert "error" in received(service, {"reply": asked["reply"], "after": after})[0], after
+    for place in (-1, length + 2, 10**14, 10**15, 10**30, "1", None, 1.5):
+        assert "error" in received(service, {"reply": asked["reply"], "after": place})[0], place
     unknown = uuid4().hex
     assert part_of(service, {**asked, "reply": unknown}, 3).status == 404
     assert part_of(service, {}, path=f"/replies/{unknown}").status == 404
