@@ -134,11 +134,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
         rate = settings.rate_limit
         state.limiter = limits.RateLimiter(rate, state.redis) if rate else None
-        resume_timeout, handover = settings.resume_timeout, None
-        if state.redis and resume_timeout:
-            handover = Handover(
-                state.redis, settings.reply_timeout + resume_timeout, resume_timeout
-            )
+        times = settings.reply_timeout + settings.resume_timeout, settings.resume_timeout
+        handover = Handover(state.redis if settings.resume_timeout else None, *times)
         state.replies = Replies(state.service, settings, handover)
         stack.push_async_callback(state.replies.aclose)
         state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)

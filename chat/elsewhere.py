@@ -24,16 +24,13 @@ class Elsewhere:
 
     place = "elsewhere"
     end: End | None = None
+    truncated: str | None = None
     is_after_cr = False  # the text before what comes next ends with a CR
 
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
         self.after = self._position = after
         self._handover, self._key, self._owner = handover, key, owner
         self._reader, self._asked_at = uuid4().hex, -inf
-
-    @property
-    def truncated(self) -> str | None:
-        return self.end.truncated if self.end else None
 
     @asynccontextmanager
     async def tokens(self) -> AsyncIterator[AsyncGenerator[list[str], None]]:
@@ -112,6 +109,7 @@ class Elsewhere:
             self._asked_at = -inf  # something is missing: the owner writes all of it
         elif kind == "end":
             self.end = msgspec.json.decode(text, type=End)
+            self.truncated = self.end.truncated
         elif position > place:
             self._position = position
             self.is_after_cr = text[: place - begin].endswith("\r")

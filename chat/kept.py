@@ -83,19 +83,18 @@ class KeptReply:
         return entries
 
 
+Attend = Callable[[KeptReply, object], Awaitable[None]]
+Leave = Callable[[KeptReply, object], None]
+
+
 class Reading:
     """A transport's view of a reply: its tokens, and afterwards how it has ended."""
 
     place = "here"
     end: End | None = None
+    truncated: str | None = None
 
-    def __init__(
-        self,
-        kept: KeptReply,
-        after: int,
-        attend: Callable[[KeptReply, object], Awaitable[None]],
-        leave: Callable[[KeptReply, object], None],
-    ) -> None:
+    def __init__(self, kept: KeptReply, after: int, attend: Attend, leave: Leave) -> None:
         if kept.end and after == kept.length + 1:
             raise errors.NothingLeft
         if after > kept.length:
@@ -103,10 +102,6 @@ class Reading:
         self.after, self._kept, self._attend, self._leave = after, kept, attend, leave
         self.is_after_cr = "".join(kept.tokens)[:after].endswith("\r")
         self.cancel = kept.cancel
-
-    @property
-    def truncated(self) -> str | None:
-        return self.end.truncated if self.end else None
 
     @asynccontextmanager
     async def tokens(self) -> AsyncIterator[AsyncGenerator[list[str], None]]:
@@ -116,9 +111,9 @@ class Reading:
             await self._attend(kept, reader)
             async with aclosing(kept.read(self.after, reader)) as tokens:
                 yield tokens
-            if kept.end and (kept.tokens or not kept.error):  # else it is as if never begun
-                self.end = kept.end
             if kept.end:
+                if kept.tokens or not kept.error:  # otherwise it is as if it had never begun
+                    self.end, self.truncated = kept.end, kept.end.truncated
                 kept.end.check(kept.error)
         finally:
             self._leave(kept, reader)

@@ -37,7 +37,7 @@ Admit = Callable[[], Awaitable[None]]
 class Replies:
     """The replies of this replica that can be read again, and the way to those of others."""
 
-    def __init__(self, service: ChatService, settings: Settings, handover: Handover | None) -> None:
+    def __init__(self, service: ChatService, settings: Settings, handover: Handover) -> None:
         self._service, self._timeout, self._handover = service, settings.resume_timeout, handover
         self._kept: dict[str, KeptReply] = {}  # those that ended longest ago come first
         self._ended_bytes = 0
@@ -52,13 +52,10 @@ class Replies:
         key, fingerprint = _key(name), _fingerprint(request) if request else ""
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:  # the same request may come twice at one moment
-            found = await self._find(key, "" if after else fingerprint)
-            if found and fingerprint not in ("", found.fingerprint):
-                raise errors.ReplyConflict
-            if view := self._view(key, found, after):
-                metrics.resumes[view.place].inc()
-                return view
-            if found or request is None or reply is None or after:
+            if found := await self._find(key, fingerprint, after):
+                metrics.resumes[found.place].inc()
+                return found
+            if request is None or reply is None or after:
                 metrics.resumes["lost"].inc()
                 await admit()
                 raise errors.ReplyNotFound
@@ -66,54 +63,49 @@ class Replies:
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
-        found = await self._find(key := _key(name))
-        if (view := self._view(key, found, 0)) is None:
+        if (found := await self._find(_key(name), "", 0)) is None:
             raise errors.ReplyNotFound
-        await view.cancel()
+        await found.cancel()
 
     async def hand_over(self) -> None:
         """Write what is kept here for the other replicas, the newest first."""
         with suppress(errors.ReplyUnavailable, TimeoutError):
             async with asyncio.timeout(HAND_OVER_TIMEOUT):
                 for kept in reversed([*self._kept.values()]):
-                    if self._handover:
-                        await self._write(self._handover, kept, anew=True)
+                    await self._write(kept, anew=True)
 
     async def aclose(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _find(self, key: str, fingerprint: str = "") -> KeptReply | Claim | None:
-        """Return a reply, or whose it is; with a fingerprint it becomes ours if it is nobody's."""
-        if (kept := self._kept.get(key)) or not self._handover:
-            return kept
+    async def _find(self, key: str, fingerprint: str, after: int) -> Reading | Elsewhere | None:
+        """Return a reply; one that nobody has becomes ours if it is asked for from the start."""
+        found: KeptReply | Claim | None = self._kept.get(key)
         try:
-            return await self._handover.claim(key, fingerprint)
+            found = found or await self._handover.claim(key, "" if after else fingerprint)
         except errors.ReplyUnavailable:
-            if not fingerprint:
-                raise
-            return None  # only this replica will know it
-
-    def _view(
-        self, key: str, found: KeptReply | Claim | None, after: int
-    ) -> Reading | Elsewhere | None:
+            if after or not fingerprint:
+                raise  # otherwise, only this replica will know it
+        if found and fingerprint not in ("", found.fingerprint):
+            raise errors.ReplyConflict
         if isinstance(found, KeptReply):
             return Reading(found, after, self._attend, self._leave)
-        if found and self._handover and found.owner != self._handover.replica:
-            return Elsewhere(self._handover, key, found.owner, after)
-        return None
+        if found and found.owner == self._handover.replica:
+            metrics.resumes["lost"].inc()
+            raise errors.ReplyNotFound
+        return found and Elsewhere(self._handover, key, found.owner, after)
 
     async def _begin(self, kept: KeptReply, request: ChatRequest, admit: Admit) -> Reading:
         try:
             await admit()
         except BaseException:
-            await self._release(kept)
+            await _quietly(self._handover.release(kept.key))
             raise
         self._kept[kept.key] = kept
         kept.task = self._in_background(self._run(kept, request))
         self._leave(kept, None)  # the connection may break before it is read
-        if self._handover and (self._serving is None or self._serving.done()):
+        if self._handover.reaches_others and (self._serving is None or self._serving.done()):
             self._serving = self._in_background(self._serve(self._handover))
         return Reading(kept, 0, self._attend, self._leave)
 
@@ -132,7 +124,7 @@ class Replies:
             kept.error = error
             if not kept.tokens:  # the same request may be sent again
                 self._forget(kept)
-                await self._release(kept)
+                await _quietly(self._handover.release(kept.key))
         finally:
             self._note_end(kept)
 
@@ -159,7 +151,7 @@ class Replies:
             kept.expiry.cancel()
         kept.set_unattended(False)
         kept.wake()
-        if self._handover and kept.readers > 1 and not isinstance(reader, str):
+        if kept.readers > 1 and not isinstance(reader, str):
             # Before anything is sent: the client may be on its way elsewhere afterwards.
             await _quietly(self._handover.become_reader(kept.key, self._handover.replica))
 
@@ -169,7 +161,7 @@ class Replies:
             kept.reader = None
             kept.expiry = asyncio.get_running_loop().call_later(self._timeout, self._expire, kept)
             kept.set_unattended(not kept.end)
-            if self._handover and reader and not kept.end:  # it may have been away at the beginning
+            if reader and not kept.end:  # Redis may have been away at the beginning
                 claim = self._handover.claim(kept.key, kept.fingerprint)
                 self._in_background(_quietly(claim))
 
@@ -182,10 +174,6 @@ class Replies:
         if self._kept.get(kept.key) is kept:
             del self._kept[kept.key]
             self._ended_bytes -= kept.size if kept.end else 0
-
-    async def _release(self, kept: KeptReply) -> None:
-        if self._handover:
-            await _quietly(self._handover.release(kept.key))
 
     def _in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -202,19 +190,17 @@ class Replies:
                     await handover.show_alive()
                     shown_at = time()
                 for letter in await handover.letters():
-                    await self._obey(handover, *letter)
+                    await self._obey(*letter)
             followed = [kept for kept in self._kept.values() if kept.written is not None]
-            writes = [self._write(handover, kept) for kept in followed]
+            writes = [self._write(kept) for kept in followed]
             await asyncio.gather(*map(_quietly, writes))
             for kept in followed:
                 if isinstance(kept.reader, str) and time() - kept.heard_at > ABSENT_READER:
                     self._leave(kept, kept.reader)
             await asyncio.sleep(MAIL_INTERVAL)
 
-    async def _obey(
-        self, handover: Handover, verb: str, key: str, reader: str = "", after: str = ""
-    ) -> None:
-        kept = self._kept.get(key)
+    async def _obey(self, verb: str, key: str, reader: str = "", after: str = "") -> None:
+        kept, handover = self._kept.get(key), self._handover
         if kept is None:
             await handover.write(key, [GONE], anew=True)
         elif verb == "cancel":
@@ -228,12 +214,12 @@ class Replies:
                 await self._attend(kept, reader)
                 kept.written = None
             if kept.written is None or int(after) < kept.written:
-                await self._write(handover, kept, anew=True)
+                await self._write(kept, anew=True)
 
-    async def _write(self, handover: Handover, kept: KeptReply, *, anew: bool = False) -> None:
+    async def _write(self, kept: KeptReply, *, anew: bool = False) -> None:
         begin, kept.written = 0 if anew else kept.written or 0, kept.written or 0
         if entries := kept.unwritten(begin):
-            await handover.write(kept.key, entries, anew=anew)
+            await self._handover.write(kept.key, entries, anew=anew)
             kept.written = entries[-1].position
 
 

@@ -17,8 +17,8 @@ from chat.api.limits import admission, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
 from chat.elsewhere import Elsewhere
-from chat.messages import ChatRequest, parse_request
 from chat.kept import Reading
+from chat.messages import ChatRequest, parse_request
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)

@@ -65,11 +65,14 @@ class End(msgspec.Struct):
 
 
 class Handover:
-    """One replica's side; methods raise `ReplyUnavailable` if Redis does not respond."""
+    """
+    One replica's side; methods raise `ReplyUnavailable` if Redis does not respond. Where there is
+    none, nothing is found.
+    """
 
-    def __init__(self, redis: RedisClient, claim_ttl: float, replay_ttl: float) -> None:
+    def __init__(self, redis: RedisClient | None, claim_ttl: float, replay_ttl: float) -> None:
         self.replica = uuid4().hex
-        self._redis = redis
+        self.reaches_others, self._redis = bool(redis), redis
         self._claim_ttl, self._replay_ttl = ceil(claim_ttl), ceil(replay_ttl)
 
     async def claim(self, key: str, fingerprint: str) -> Claim | None:
@@ -121,6 +124,8 @@ class Handover:
         return (await self._execute("GET", f"chat:reader:{key}") or b"").decode()
 
     async def _execute(self, *command: str | int | bytes) -> Any:
+        if not self._redis:
+            return None
         if not self._redis.is_up:  # a chat that begins does not wait for it
             raise errors.ReplyUnavailable
         try:
