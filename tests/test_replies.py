@@ -4,7 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -15,10 +15,8 @@ from tests.servers import (
     Event,
     Service,
     body,
-    connected,
     events,
     part_of,
-    raw_chat,
     read_whole,
     wait_until,
 )
@@ -37,8 +35,11 @@ AWKWARD = [
     "z\r",
 ]
 TEXT = "".join(AWKWARD)
-LINES = TEXT.replace("\r\n", "\n").replace("\r", "\n")
 HELD = Script(["a", "b", "c"], hold_before_token=2)
+
+
+def with_lf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def new(content: str, conversation: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -93,7 +94,11 @@ def test_a_stream_may_be_cut_after_each_byte(service: Service, groq: FakeGroq) -
     def cut(place: int) -> None:
         asked = new(f"awkward {place}.", f"conversation-{uuid4().hex}")
         whole = read_whole(asked, iter([(service, place), (service, place), (service, 1 << 20)]))
-        assert (whole.text, whole.end, whole.position) == (LINES, "[DONE]", len(TEXT) + 1), place
+        assert (whole.text, whole.end, whole.position) == (
+            with_lf(TEXT),
+            "[DONE]",
+            len(TEXT) + 1,
+        ), place
         assert len(groq.asked(f"awkward {place}.")) == 1
         assert service.contents(asked["conversation"]) == [f"awkward {place}.", TEXT]
 
@@ -118,20 +123,6 @@ def test_a_websocket_may_be_cut_after_each_message(service: Service, groq: FakeG
         assert received(service, {**fields, "after": len(TEXT) + 1}) == [{"done": "true"}]
         assert service.http.post("/chat", json=asked).json() == {"response": TEXT}
         assert len(groq.asked(f"awkward {place}.")) == 1
-
-
-def test_a_reader_with_a_full_window_holds_up_nobody(service: Service, groq: FakeGroq) -> None:
-    asked, large = new("large"), Script([*["x" * 1000] * 12_000, "z"], hold_before_token=12_000)
-    groq.on("large", large)
-    with connected(service) as connection, ThreadPoolExecutor(1) as pool:
-        connection.sendall(raw_chat("large", reply=asked["reply"], stream=True))
-        request = groq.wait_for_request("large")
-        wait_until(lambda: len(request.sent_at) == 12_000)
-        reading = pool.submit(part_of, service, asked)
-        wait_until(lambda: service.metric("chat_resumes_total", result="here") > 0)
-        groq.release()
-        assert len(reading.result().text) == 12_000_001
-        assert reading.result().end == "[DONE]"
 
 
 def test_a_reply_that_ends_in_the_break_is_read_to_its_end_and_stored(
@@ -173,47 +164,6 @@ def test_a_reply_that_fails_in_the_break_says_so_and_one_without_a_token_begins_
     assert "answered with status 500" in received(service, early)[0]["error"]
     assert part_of(service, early) == (200, "ok", 3, "[DONE]")
     assert (len(groq.asked("fails")), len(groq.asked("early"))) == (1, 3)
-
-
-def test_what_is_wrong_foreign_or_huge_gives_no_text_and_asks_nobody(
-    service: Service, groq: FakeGroq
-) -> None:
-    asked, other = new("hello"), body("other")
-    assert part_of(service, asked).end == "[DONE]"
-    length, count = len("You said: hello"), len(groq.requests)
-    for after in (-1, "abc", "1.5", length + 2, 10**14, 10**15, 10**30, "\u0663"):
-        for path in ("", f"/replies/{asked['reply']}"):
-            assert part_of(service, asked, after, path=path).status == 400, after
-    for place in (-1, length + 2, 10**14, 10**15, 10**30, "1", None, 1.5):
-        assert "error" in received(service, {"reply": asked["reply"], "after": place})[0], place
-    unknown = uuid4().hex
-    assert part_of(service, {**asked, "reply": unknown}, 3).status == 404
-    assert part_of(service, {}, path=f"/replies/{unknown}").status == 404
-    assert service.http.delete(f"/replies/{unknown}").status_code == 404
-    assert "no such reply" in received(service, {"reply": unknown})[0]["error"]
-    assert part_of(service, {**other, "reply": asked["reply"]}).status == 409
-    assert part_of(service, {**asked, "conversation": unknown}, 3).status == 409
-    for name in ("short", "x" * 65, "with space and more"):
-        assert part_of(service, {**asked, "reply": name}).status == 400
-    assert len(groq.requests) == count
-
-
-def test_the_newest_reader_has_the_reply(service: Service, groq: FakeGroq) -> None:
-    groq.on("held", HELD)
-    asked = new("held")
-    with ExitStack() as stack:
-        first = stack.enter_context(reading(service, asked))
-        assert [next(first).data for _ in range(2)] == ["a", "b"]
-        second = stack.enter_context(service.socket())
-        second.send(json.dumps({"reply": asked["reply"], "after": 1}))
-        assert json.loads(second.recv(5)) == {"token": "b", "after": 2}
-        assert "another connection has resumed" in next(first).data
-        assert list(first) == []
-        third = stack.enter_context(reading(service, asked))
-        assert next(third).data == "ab"
-        assert "another connection has resumed" in json.loads(second.recv(5))["error"]
-        groq.release()
-        assert [event.data for event in third] == ["c", "[DONE]"]
 
 
 def test_nobody_comes_back_and_nothing_is_left(start_service: StartService, groq: FakeGroq) -> None:
