@@ -29,8 +29,10 @@ from chat import config, errors, logs, messages, metrics
 from chat.api import http, limits, middleware, origins, page, protocols, shutdown, sse, websocket
 from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
+from chat.replies import Replies
 from chat.reply import Reply
 from chat.service import ChatService
+from chat.storage.handover import Handover
 from chat.storage.memory import MemoryHistory
 from chat.storage.redis import open_redis
 from chat.storage.redis_history import RedisHistory
@@ -42,27 +44,43 @@ CORS["expose_headers"] = ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit
 
 
 async def chat(request: Request) -> Response:
-    state, scope, client = request.app.state, request.scope, middleware.client_of(request.scope)
-    if state.limiter:
-        allowance = await state.limiter.take(client)
-        scope["chat.headers"] = allowance.headers
-        allowance.check()
-    body = messages.parse_request(await http.read_body(request, state.settings))
+    state, scope, admit = request.app.state, request.scope, limits.admission(request)
+    received = await http.read_body(request, state.settings)
+    try:
+        body = messages.parse_request(received)
+    except errors.ChatError:
+        await admit()
+        raise
     is_stream = http.wants_stream(request, body)
-    reply = scope["chat.reply"] = Reply("sse" if is_stream else "json", limits.client_key(client))
-    answer = state.service.answer(body, reply)
+    reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
+    if body.reply and state.settings.resume_timeout:
+        position = http.position(request)
+        source = await state.replies.open(body.reply, body, reply, position, admit)
+        answer = source.tokens()
+    else:
+        await admit()
+        source, answer = reply, state.service.answer(body, reply)
+    scope["chat.reply"] = source
     if is_stream:
-        return sse.EventStream(answer, reply, state.settings.keep_alive_interval)
-    async with http.cancelled_on_disconnect(request.receive), answer as tokens:
-        async for _ in tokens:
-            pass
-    truncated = {"truncated": reply.truncated} if reply.truncated else {}
-    return http.json_response({"response": reply.text, **truncated})
+        return sse.EventStream(answer, source, state.settings.keep_alive_interval)
+    return await http.json_reply(request, answer, source)
+
+
+async def kept_reply(request: Request) -> Response:
+    replies, name = request.app.state.replies, request.path_params["id"]
+    messages.check_id("reply", name)
+    if request.method == "DELETE":
+        await replies.cancel(name)
+        return Response(status_code=204)
+    position, admit = http.position(request), limits.admission(request)
+    reading = request.scope["chat.reply"] = await replies.open(name, None, None, position, admit)
+    interval = request.app.state.settings.keep_alive_interval
+    return sse.EventStream(reading.tokens(), reading, interval)
 
 
 async def conversation(request: Request) -> Response:
     service, conversation_id = request.app.state.service, request.path_params["id"]
-    messages.check_conversation_id(conversation_id)
+    messages.check_id("conversation", conversation_id)
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
@@ -91,6 +109,7 @@ ROUTES: list[Route | WebSocketRoute] = [
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", lambda opened: websocket.ChatSocket(opened).serve()),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
+    Route("/replies/{id}", kept_reply, methods=["GET", "DELETE"]),
     Route("/health", PlainTextResponse("OK"), methods=["GET"]),
     Route("/ready", ready),
     Route("/metrics", show_metrics),
@@ -112,7 +131,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
         state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
-        state.shutdown = shutdown.Shutdown(state.service, settings)
+        times = settings.reply_timeout + settings.resume_timeout, settings.resume_timeout
+        handover = Handover(state.redis if settings.resume_timeout else None, *times)
+        state.replies = Replies(state.service, settings, handover)
+        stack.push_async_callback(state.replies.aclose)
+        state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
         for background in (state.groq.check_models(), counts.share_forever()):
             await stack.enter_async_context(http.in_background(background))
         state.shutdown.handle_signals()

@@ -88,6 +88,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout: Timeout = 600.0
     keep_alive_interval: Timeout = 15.0
     keep_alive_timeout: Timeout = 75.0
+    resume_timeout: Delay = 120.0
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
     web_concurrency: Annotated[int, number(1, 1000)] = 1

@@ -5,11 +5,13 @@ ChatError
 ├── about the request    BadRequest 400, MissingMessages 400, BinaryMessage /1003,
 │                        OriginNotAllowed 403/1008, ConversationNotFound 404, BodyTooSlow 408,
 │                        BodyTooLarge 413/1009, BodyCompressed 415
+├── about a kept reply   BadPosition 400, ReplyNotFound 404, ReplyConflict 409,
+│                        ReplyTakenOver 409, ReplyUnavailable 503, NothingLeft 204
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
-│                        GroqReplyEmpty, GroqTimeout 504; not asked: GroqCircuitOpen 503,
-│                        GroqQuotaExhausted 503
+│                        GroqReplyEmpty, ReplyFailed, GroqTimeout 504; not asked:
+│                        GroqCircuitOpen 503, GroqQuotaExhausted 503
 └── about the client     ClientDisconnected 499, ReplyCancelled, ClientIdle /1001
 
 Messages are for clients: no secret, no stack trace, nothing that Groq said.
@@ -45,6 +47,10 @@ class BinaryMessage(BadRequest):
     close_code, text = 1003, "messages must be JSON in text frames, not binary frames"
 
 
+class BadPosition(BadRequest):
+    text = "the text has no position {}"
+
+
 class OriginNotAllowed(ChatError):
     status, close_code, reason = 403, 1008, "origin"
     text = "this origin is not allowed to use the service"
@@ -52,6 +58,28 @@ class OriginNotAllowed(ChatError):
 
 class ConversationNotFound(ChatError):
     status, reason, text = 404, "not_found", "no such conversation"
+
+
+class ReplyNotFound(ChatError):
+    status, reason = 404, "reply_gone"
+    text = "no such reply; read the conversation, or ask with a new reply id"
+
+
+class ReplyConflict(ChatError):
+    status, reason, text = 409, "reply_conflict", "this reply id was used for another request"
+
+
+class ReplyTakenOver(ChatError):
+    status, reason, text = 409, "reply_taken_over", "another connection has resumed this reply"
+
+
+class ReplyUnavailable(ChatError):
+    status, reason, retry_after = 503, "reply_unavailable", 1
+    text = "the reply cannot be reached; try again in a moment"
+
+
+class NothingLeft(ChatError):
+    status, text = 204, "the client has the end of this reply"  # not a failure
 
 
 class BodyTooSlow(ChatError):
@@ -136,6 +164,12 @@ class GroqRefused(GroqError):
 class GroqFailed(GroqError):
     reason, text = "failed", "the language model service failed during the reply"
     is_temporary = is_outage = True
+
+
+class ReplyFailed(GroqError):
+    """How a reply that another replica ran has failed."""
+
+    reason = "failed"
 
 
 class GroqReplyBroken(GroqError):

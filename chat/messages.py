@@ -9,6 +9,7 @@ import msgspec
 from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
+MAX_POSITION = 10**15
 JSON_KINDS = {"bool": "true or false", "str": "a string", "array": "an array"}
 JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
 HALF_CHARACTER = re.compile(rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]")
@@ -44,7 +45,9 @@ class ChatRequest(msgspec.Struct):
     messages: list[Message] = msgspec.field(default_factory=lambda: NO_MESSAGES)
     stream: bool | None = None
     conversation: str | None = None
+    reply: str | None = None  # a name under which the reply can be read again
     cancel: bool = False  # on the WebSocket only
+    after: int = 0  # likewise: a position in the reply's text
 
 
 _REQUEST = msgspec.json.Decoder(ChatRequest)
@@ -62,7 +65,11 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
         raise BadRequest(_in_the_words_of_json(str(error))) from None
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
-    if not (may_cancel and request.cancel):
+    if request.reply is not None:
+        check_id("reply", request.reply)
+        if not 0 <= request.after < MAX_POSITION:
+            raise BadRequest("after must be the position of a token, such as 8")
+    if not (may_cancel and (request.cancel or (request.reply and not request.messages))):
         if request.messages is NO_MESSAGES:
             raise MissingMessages
         _check(request)
@@ -129,10 +136,10 @@ def _check(request: ChatRequest) -> None:
     if messages[-1].role != "user":
         raise BadRequest("the last message must be from 'user'")
     if request.conversation is not None:
-        check_conversation_id(request.conversation)
+        check_id("conversation", request.conversation)
 
 
-def check_conversation_id(conversation: str) -> None:
-    """Raise `BadRequest` unless the id has the form that makes it hard to guess."""
-    if re.fullmatch("[A-Za-z0-9_-]{16,64}", conversation) is None:
-        raise BadRequest("conversation must be 16 to 64 characters of A-Z a-z 0-9 _ -")
+def check_id(name: str, value: str) -> None:
+    """Raise `BadRequest` unless an id has the form that makes it hard to guess."""
+    if re.fullmatch("[A-Za-z0-9_-]{16,64}", value) is None:
+        raise BadRequest(f"{name} must be 16 to 64 characters of A-Z a-z 0-9 _ -")

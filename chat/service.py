@@ -102,9 +102,19 @@ class ChatService:
         if self.is_draining:
             raise errors.Draining
         if len(self._replies) >= self._settings.max_concurrent:
-            raise errors.TooBusy
+            self._make_room()
         if limit and sum(each.client == client for each in self._replies) >= limit:
             raise errors.TooManyReplies(limit)
+
+    def _make_room(self) -> None:
+        """End the reply that has been unattended for longest; raise `TooBusy` if there is none."""
+        unattended = [each for each in self._replies if each.unattended_since and each.task]
+        if not unattended:
+            raise errors.TooBusy
+        oldest = min(unattended, key=lambda each: each.unattended_since or 0)
+        self._replies.discard(oldest)
+        if oldest.task:
+            oldest.task.cancel()
 
     @contextmanager
     def _counted(self, reply: Reply) -> Iterator[None]:

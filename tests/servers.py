@@ -6,13 +6,14 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -323,7 +324,7 @@ def body(content: str, conversation: str | None = None, **fields: Any) -> dict[s
     """Return a request body with one message."""
     if conversation:
         fields["conversation"] = conversation
-    keep_secret(content, conversation or "")
+    keep_secret(content, conversation or "", fields.get("reply", ""))
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
@@ -376,6 +377,58 @@ def events(received: Iterator[bytes]) -> Iterator[Event]:
                 data.append(value)
             elif field == "event":
                 name = value
+
+
+class Part(NamedTuple):
+    """What one connection brought of a kept reply: the text of whole events, and how it ended."""
+
+    status: int  # 0 without a response
+    text: str
+    position: int  # where to read on
+    end: str  # `[DONE]`, what an error says, or nothing
+
+
+def part_of(
+    service: Caller, asked: Mapping[str, Any], after: object = 0, cut: int = 1 << 40, path: str = ""
+) -> Part:
+    """Read a kept reply from a position; reset the connection after so many bytes of its body."""
+    sent = json.dumps({**asked, "stream": True}).encode()
+    first = f"GET {path}" if path else "POST /chat"
+    head = f"{first} HTTP/1.0\r\nLast-Event-ID: {after}\r\nContent-Length: {len(sent)}\r\n\r\n"
+    status, received = 0, b""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.settimeout(PATIENCE)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(head.encode() + sent)
+        with connection.makefile("rb") as file:
+            status = int((file.readline().split() or [b"", b"0"])[1])
+            while file.readline().strip():
+                pass
+            while piece := file.read1(min(1 << 16, cut - len(received))):
+                received += piece
+    if status != 200:
+        return Part(status, "", 0, received.decode() or str(status))
+    text, position, end = "", int(str(after)), ""
+    for event in received.decode(errors="ignore").split("\n\n")[:-1]:
+        fields = [line.partition(": ")[::2] for line in event.split("\n")]
+        data = "\n".join(value for name, value in fields if name == "data")
+        position = int(dict(fields).get("id", position))
+        if data == "[DONE]" or ("event", "error") in fields:
+            end = data
+        elif "event" not in dict(fields):
+            text += data
+    return Part(status, text, position, end)
+
+
+def read_whole(asked: Mapping[str, Any], attempts: Iterable[tuple[Caller, int]]) -> Part:
+    """Read a kept reply to its end or to an error over connections that break."""
+    text, position = "", 0
+    for service, cut in attempts:
+        part = part_of(service, asked, position, cut)
+        text, position = text + part.text, part.position
+        if part.end:
+            return part._replace(text=text)
+    raise AssertionError(f"no end after {text!r}")
 
 
 class RedisServer:

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     "chat.prompt chat.messages chat.reply chat.errors chat.config chat.logs chat.metrics",
     "chat.storage chat.llm",
-    "chat.tokens",
+    "chat.tokens chat.elsewhere chat.kept",
     "chat.service",
+    "chat.replies",
     "chat.api",
     "server",
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.api.sse import sse_events, sse_named
+from chat.api.sse import Framer, sse_named
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service, body, connected, events, raw_chat, wait_until
@@ -23,7 +23,7 @@ TOKENS = st.lists(
 
 @given(TOKENS)
 def test_an_event_stream_carries_every_token(tokens: list[str]) -> None:
-    received = [event.data for event in events(iter([sse_events(tokens)]))]
+    received = [event.data for event in events(iter([Framer().events(tokens)]))]
     assert "".join(received) == re.sub("\r\n?", "\n", "".join(tokens))
     assert "[DONE]" not in received
 
@@ -33,17 +33,15 @@ def test_line_ends_are_the_same_wherever_tokens_and_reads_are_cut(
     tokens: list[str], place: int
 ) -> None:
     reads = [read for read in (tokens[:place], tokens[place:]) if read]
-    sent, is_after_cr = b"", False
-    for read in reads:
-        sent += sse_events(read, is_after_cr=is_after_cr)
-        is_after_cr = read[-1].endswith("\r")
+    framer = Framer()
+    sent = b"".join(map(framer.events, reads))
     whole = "".join(tokens).replace("\r\n", "\n").replace("\r", "\n")
     assert "".join(event.data for event in events(iter([sent]))) == whole
 
 
 def test_line_ends_errors_and_ends_keep_to_the_format() -> None:
     received = events(
-        iter([sse_events(["a\r\nb", "c\rd"]), sse_named("error", error='a "quoted"\nline')])
+        iter([Framer().events(["a\r\nb", "c\rd"]), sse_named("error", error='a "quoted"\nline')])
     )
     first, second, error = received
     assert (first.data, second.data) == ("a\nb", "c\nd")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from chat.config import Settings
 from chat.messages import ChatRequest
 
 Headers = Mapping[str, str] | None
+Answer = AbstractAsyncContextManager[AsyncIterator[list[str]]]
 CLOSING = (errors.BodyCompressed, errors.BodyTooLarge, errors.BodyTooSlow, errors.Draining)
 NO_SUCH_PATH = """\
 no such path; POST /chat takes chats (no slash at its end, no OpenAI API at /v1), \
@@ -77,12 +78,36 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
         task.cancel()
 
 
+def position(request: Request) -> int:
+    """Return where in a reply's text the client wants to read on."""
+    given = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    if not (given.isascii() and given.isdecimal() and len(given) < 16):
+        raise errors.BadRequest("Last-Event-ID and after must be the id of an event, such as 8")
+    return int(given)
+
+
 def json_response(content: object, status: int = 200, headers: Headers = None) -> Response:
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
+async def json_reply(request: Request, answer: Answer, source: Any) -> Response:
+    """Wait for a reply; render it as one object."""
+    texts: list[str] = []
+    content: dict[str, str] = {}
+    try:
+        async with cancelled_on_disconnect(request.receive), answer as tokens:
+            async for some in tokens:
+                texts += some
+    except errors.ReplyCancelled:  # by another connection
+        content["cancelled"] = "true"
+    content |= {"truncated": source.truncated} if source.truncated else {}
+    return json_response({"response": "".join(texts), **content})
+
+
 async def error_response(connection: HTTPConnection, error: errors.ChatError) -> Response:
     """Render an error of ours, and note it for the log."""
+    if isinstance(error, errors.NothingLeft):
+        return Response(status_code=error.status)
     connection.scope["chat.log_fields"] = error.log_fields
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
     if isinstance(error, CLOSING):

@@ -2,12 +2,15 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from ipaddress import IPv6Address, IPv6Network
 from math import ceil
 from typing import NamedTuple
 
+from starlette.requests import HTTPConnection
+
+from chat.api.middleware import client_of
 from chat.errors import RateLimited
 from chat.storage.redis import RedisClient, hashed_key
 
@@ -50,6 +53,18 @@ class Allowance(NamedTuple):
         if not self.is_allowed:
             wait = max(1, ceil(self.full_in + self.window / self.limit - self.window - ROUNDING))
             raise RateLimited(self.rate, wait, retry_after=wait)
+
+
+def admission(request: HTTPConnection) -> Callable[[], Awaitable[None]]:
+    """Return a function that takes a request out of its client's bucket, if there is a limit."""
+
+    async def admit() -> None:
+        if request.app.state.limiter:
+            allowance = await request.app.state.limiter.take(client_of(request.scope))
+            request.scope["chat.headers"] = allowance.headers
+            allowance.check()
+
+    return admit
 
 
 def client_key(client: str) -> str:

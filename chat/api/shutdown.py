@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from chat.config import Settings
+from chat.replies import Replies
 from chat.service import ChatService
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class Shutdown:
     """`/ready` turns 503; after DRAIN_DELAY new chats are refused; others have DRAIN_TIMEOUT."""
 
     service: ChatService
+    replies: Replies
     settings: Settings
     has_begun: bool = False
 
@@ -45,6 +47,7 @@ class Shutdown:
         logger.info("draining: traffic should go elsewhere")
         await asyncio.sleep(self.settings.drain_delay)
         await self.service.drain(self.settings.drain_timeout)
+        await self.replies.hand_over()
         logger.info("drained")
         if server.config.timeout_graceful_shutdown is None:
             server.config.timeout_graceful_shutdown = 3  # for the connections to close

@@ -4,16 +4,20 @@ import asyncio
 import logging
 import sys
 from contextlib import suppress
+from itertools import accumulate
+from typing import Any
 
 import msgspec
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.http import error_response
-from chat.api.limits import client_key
+from chat.api.http import Answer, error_response
+from chat.api.limits import admission, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
+from chat.elsewhere import Elsewhere
+from chat.kept import Reading
 from chat.messages import ChatRequest, parse_request
 from chat.reply import Reply
 
@@ -31,6 +35,7 @@ class ChatSocket:
         self._idle_limit = self._state.settings.idle_timeout
         self._idle = asyncio.timeout(None)
         self._reply: Reply | None = None
+        self._reading: Reading | Elsewhere | None = None  # of a reply that is kept
         self._answering: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
@@ -68,6 +73,8 @@ class ChatSocket:
             if request.cancel:
                 if self._reply:  # else the cancel has crossed the end of its reply
                     self._reply.cancel()
+                if self._reading:
+                    await self._reading.cancel()
                 return
             if self._answering and self._reply and self._reply.is_cancelled:
                 await asyncio.wait([self._answering])
@@ -93,28 +100,62 @@ class ChatSocket:
             return request
         finally:
             is_ping = isinstance(sys.exception(), errors.MissingMessages)
-            if self._state.limiter and not (is_ping or (request and request.cancel)):
-                (await self._state.limiter.take(client_of(self._scope))).check()
+            if not (is_ping or (request and (request.cancel or request.reply))):
+                await admission(self._websocket)()
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
+        source, status, summary = None, 200, dict[str, Any]()
         try:
-            async with self._state.service.answer(request, reply) as tokens:
+            source, answer = await self._open(request, reply)
+            position = request.after if self._reading else None
+            async with answer as tokens:
                 async for some in tokens:
-                    await self._send_tokens(some, reply)
-            truncated = {"truncated": reply.truncated} if reply.truncated else {}
+                    position = await self._send_tokens(some, reply, position)
+            truncated = {"truncated": source.truncated} if source.truncated else {}
             await self._send({"done": "true", **truncated})
+        except errors.NothingLeft:
+            await self._send({"done": "true"})
         except errors.ReplyCancelled:
             await self._send({"done": "true", "cancelled": "true"})
         except errors.ChatError as error:
+            status, summary = error.status, error.log_fields
             await self._send({"error": str(error)}, error.close_code)
         finally:
             self._answering = None
+            summary |= source.summary() if source else {}
+            status = reply.error.status if reply.error else status
+            self._reading = None
             with suppress(RuntimeError):  # no message is waited for
                 self._idle.reschedule(asyncio.get_running_loop().time() + self._idle_limit)
-            log_request(self._scope, reply.error.status if reply.error else 200, reply.summary())
+            log_request(self._scope, status, summary)
 
-    async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
-        texts = [msgspec.json.encode({"token": token}) for token in tokens]
+    async def _open(self, request: ChatRequest, reply: Reply) -> tuple[Any, Answer]:
+        """Return the reply, begun or found, and its tokens."""
+        admit, begun_by = admission(self._websocket), request if request.messages else None
+        if not (request.reply and self._state.settings.resume_timeout):
+            if request.reply:  # which does not count
+                await admit()
+            if begun_by is None:
+                raise errors.ReplyNotFound
+            return reply, self._state.service.answer(request, reply)
+        reading = await self._state.replies.open(
+            request.reply, begun_by, reply, request.after, admit
+        )
+        self._reading = reading
+        if reply.is_cancelled:  # meanwhile
+            await reading.cancel()
+        return reading, reading.tokens()
+
+    async def _send_tokens(
+        self, tokens: list[str], reply: Reply, position: int | None
+    ) -> int | None:
+        """Send tokens; return the position after them, if positions are sent."""
+        if position is None:
+            texts = [msgspec.json.encode({"token": token}) for token in tokens]
+        else:
+            _, *ends = accumulate(map(len, tokens), initial=position)
+            pairs = zip(tokens, ends, strict=True)
+            texts = [msgspec.json.encode({"token": token, "after": end}) for token, end in pairs]
         messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
         if TEXTS not in self._scope.get("extensions", ()):
             messages = [{"type": "websocket.send", "text": text.decode()} for text in texts]
@@ -124,8 +165,10 @@ class ChatSocket:
             except CLOSED:
                 raise errors.ClientDisconnected from None
             except asyncio.CancelledError:
-                reply.sent += tokens[:count]
+                if position is None:  # otherwise what has come is kept, whether sent or not
+                    reply.sent += tokens[:count]
                 raise
+        return ends[-1] if position is not None else None
 
     async def _send(self, content: dict[str, str], close_code: int | None = None) -> None:
         with suppress(*CLOSED):

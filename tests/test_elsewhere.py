@@ -1,0 +1,359 @@
+"""Replies that another replica reads: two and three processes, Redis, a cluster, kills."""
+
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import count, product, repeat
+from pathlib import Path
+from threading import Event
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
+from tests.servers import (
+    Caller,
+    Process,
+    RedisCluster,
+    RedisServer,
+    Service,
+    connected,
+    free_port,
+    part_of,
+    raw_chat,
+    read_whole,
+    wait_until,
+)
+from tests.test_replies import AWKWARD, HELD, TEXT, new, reading, received, with_lf
+
+Pair = tuple[Service, Service]
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def both(module_groq: FakeGroq, redis: RedisServer) -> Iterator[Pair]:
+    settings = {"GROQ_BASE_URL": module_groq.url, "REDIS_ADDR": redis.address}
+    settings |= {"HISTORY_STORE": "redis", "GROQ_MAX_RETRIES": "5"}
+    settings["SHARED_CONVERSATION"] = "no"
+    with Service(**settings) as one, Service(**settings) as other:
+        yield one, other
+
+
+@pytest.fixture
+def pair(both: Pair, groq: FakeGroq) -> Pair:
+    for service in both:
+        wait_until(service.is_ready)
+    return both
+
+
+def test_hundreds_of_breaks_leave_every_text_whole_and_once(pair: Pair, groq: FakeGroq) -> None:
+    groq.on("awkward", Script(AWKWARD * 5, interval=0.01))
+
+    def read(number: int) -> None:
+        asked = new(f"awkward {number}.", f"conversation-{uuid4().hex}")
+        hops = ((random.choice(pair), random.randrange(400)) for _ in count())
+        whole = read_whole(asked, hops)
+        assert (whole.end, whole.text) == ("[DONE]", with_lf(TEXT * 5))
+        assert len(groq.asked(f"awkward {number}.")) == 1
+        assert pair[number % 2].contents(asked["conversation"])[1:] == [TEXT * 5]
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(read, range(100)))
+
+
+def test_the_same_post_at_one_moment_to_two_replicas_asks_groq_once(
+    pair: Pair, groq: FakeGroq
+) -> None:
+    groq.on("slow", Script(["a", "b", "c"], interval=0.02))
+    for number in range(8):
+        asked = new(f"slow {number}.")
+        with ThreadPoolExecutor(2) as pool:
+            parts = list(pool.map(part_of, pair, repeat(asked)))
+        # The newest reader has the reply; the other one is told so, and can come back.
+        assert any(part.text == "abc" and part.end == "[DONE]" for part in parts), parts
+        for service, part in zip(pair, parts, strict=True):
+            rest = part if part.end == "[DONE]" else part_of(service, asked, part.position)
+            assert part.text + (rest.text if rest is not part else "") == "abc", parts
+            assert service.http.post("/chat", json=asked).json() == {"response": "abc"}
+            assert part_of(service, new("other") | {"reply": asked["reply"]}).status == 409
+        assert len(groq.asked(f"slow {number}.")) == 1
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["here", "elsewhere"])
+def test_a_reader_with_a_full_window_holds_up_nobody(
+    pair: Pair, groq: FakeGroq, place: int
+) -> None:
+    asked, large = new("large"), Script([*["x" * 1000] * 12_000, "z"], hold_before_token=12_000)
+    groq.on("large", large)
+    with connected(pair[0]) as connection:
+        connection.sendall(raw_chat("large", reply=asked["reply"], stream=True))
+        request = groq.wait_for_request("large")
+        wait_until(lambda: len(request.sent_at) == 12_000)
+        with reading(pair[place], asked) as tokens:
+            length = len(next(tokens).data)
+            groq.release()
+            *rest, last = (event.data for event in tokens)
+            assert (length + sum(map(len, rest)), last) == (12_000_001, "[DONE]")
+
+
+def test_what_is_wrong_foreign_or_huge_gives_no_text_and_asks_nobody(
+    pair: Pair, groq: FakeGroq
+) -> None:
+    groq.on("held", HELD)
+    asked, unknown = new("held"), uuid4().hex
+    path, wrong = f"/replies/{asked['reply']}", (-1, "abc", "1.5", 10**14, 10**15, 10**30, "\u0663")
+    assert part_of(pair[0], asked, cut=30).position == 2
+    for beyond, service in product((3, 5), pair):  # while it runs, and when it has ended
+        for after, of in product((*wrong, beyond, beyond + 1), ("", path)):
+            assert part_of(service, asked, after, path=of).status == 400, after
+        for place in (-1, beyond, 10**14, 10**15, 10**30, "1", None, 1.5):
+            assert "error" in received(service, {"reply": asked["reply"], "after": place})[0], place
+        assert part_of(service, {**asked, "reply": unknown}, 3).status == 404
+        assert part_of(service, {}, path=f"/replies/{unknown}").status == 404
+        assert service.http.delete(f"/replies/{unknown}").status_code == 404
+        assert "no such reply" in received(service, {"reply": unknown})[0]["error"]
+        assert part_of(service, {**new("other"), "reply": asked["reply"]}).status == 409
+        assert part_of(service, {**asked, "conversation": unknown}, 1).status == 409
+        assert part_of(service, {**asked, "reply": "too short"}).status == 400
+        if beyond == 5:
+            assert part_of(service, asked, 2) == (200, "c", 4, "[DONE]")
+            assert part_of(service, {}, 4, path=path).status == 204
+            assert received(service, {"reply": asked["reply"], "after": 4}) == [{"done": "true"}]
+        elif service is pair[1]:
+            assert part_of(service, asked, 1, cut=15).text == "b"
+            groq.release()
+    assert len(groq.requests) == 1
+
+
+PHASES = {
+    "before the first token": Script(hold_before_status=True),
+    "between tokens": Script(["t"] * 1000, interval=0.02),
+    "in silence": Script(["t", "u"], hold_before_token=1),
+    "in a retry's pause": Script(status=503, headers=(("retry-after", "10"),)),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("how", ["delete", "websocket"])
+@pytest.mark.parametrize("place", [0, 1], ids=["here", "elsewhere"])
+def test_a_cancel_stops_groq_before_it_is_answered(
+    pair: Pair, groq: FakeGroq, conversation: str, place: int, how: str, phase: str
+) -> None:
+    groq.on("question", PHASES[phase])
+    asked, service = new("question", conversation), pair[place]
+    sends = "tokens" in phase or "silence" in phase
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(part_of, pair[0], asked, 0, 15 if sends else 1 << 20)
+        request = groq.wait_for_request("question")
+        if sends:
+            assert first.result().text == "t"
+        if how == "delete":
+            assert service.http.delete(f"/replies/{asked['reply']}").status_code == 204
+        else:
+            last = received(service, {"reply": asked["reply"]}, {"cancel": True})[-1]
+            assert last == {"done": "true", "cancelled": "true"}
+        assert request.closed.wait(1) or request.answered
+        assert sends or first.result().status != 502
+    assert len(groq.asked("question")) == 1
+    said = received(service, {"reply": asked["reply"]})[:-1]
+    stored = ["question", "".join(each["token"] for each in said)] if sends else []
+    wait_until(lambda: service.contents(conversation) == stored)
+    for each in pair:
+        assert each.http.delete(f"/replies/{asked['reply']}").status_code == 204
+    assert service.reply("next", conversation) == "You said: next"
+    assert groq.requests[-1].contents == [*stored, "next"]
+
+
+def test_the_newest_reader_has_the_reply_wherever_it_is(pair: Pair, groq: FakeGroq) -> None:
+    groq.on("held", HELD)
+    asked = new("held")
+    with ExitStack() as stack:
+        readers = []
+        for place in (0, 0, 1, 1, 0, 1):
+            readers.append(stack.enter_context(reading(pair[place], asked)))
+            assert next(readers[-1]).data[:1] == "a"
+            for older in readers[-2:-1]:
+                *_, last = older
+                assert "another connection has resumed" in last.data
+        groq.release()
+        assert [event.data for event in readers[-1]][-2:] == ["c", "[DONE]"]
+    assert len(groq.asked("held")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_reply_whose_owner_has_died_ends_with_an_error(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer, number: signal.Signals
+) -> None:
+    settings = {"REDIS_ADDR": redis_server.address, "RESUME_TIMEOUT": 2, "REPLY_TIMEOUT": 20}
+    owner, other = start_service(**settings), start_service(**settings)
+    groq.on("held", HELD)
+    asked = new("held")
+    assert part_of(owner, asked, cut=30).text == "ab"
+    with reading(other, asked) as tokens:
+        assert next(tokens).data == "ab"
+        owner.process.send_signal(number)
+        assert "no such reply" in next(tokens).data
+        assert list(tokens) == []
+    with ThreadPoolExecutor(1) as pool:
+        deleted = pool.submit(other.http.delete, f"/replies/{asked['reply']}")
+        assert part_of(other, asked).status == 404
+        assert deleted.result().status_code == 503
+    assert len(groq.asked("held")) == 1
+    keys = redis_server.command("KEYS", "chat:*")
+    limits = {key: redis_server.command("TTL", key) for key in keys}
+    assert all(0 < limit <= 22 for limit in limits.values()), limits
+    owner.process.send_signal(signal.SIGCONT)
+    assert groq.asked("held")[0].is_closed_soon(), "an owner who wakes up finds the cancel"
+
+
+@pytest.mark.parametrize("is_in_time", [True, False], ids=["in time", "too late"])
+def test_a_replica_that_ends_hands_its_replies_over(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer, is_in_time: bool
+) -> None:
+    settings = {"REDIS_ADDR": redis_server.address, "DRAIN_TIMEOUT": 20 if is_in_time else 0.2}
+    owner, other = start_service(**settings), start_service(**settings)
+    groq.on("held", HELD)
+    asked, ended, followed = new("held"), new("ended"), new("held too")
+    assert part_of(owner, ended).end == "[DONE]"
+    assert {part_of(owner, each, cut=30).text for each in (asked, followed)} == {"ab"}
+    with reading(other, followed) as tokens:
+        assert next(tokens).data == "ab"
+        owner.process.send_signal(signal.SIGTERM)
+        owner.process.wait_for_line(lambda line: "draining" in line)
+        if is_in_time:
+            wait_until(lambda: part_of(owner, new("refused")).status == 503)
+            assert part_of(owner, asked, 1, cut=15).text == "b"
+            groq.release()
+        rest = [event.data for event in tokens]
+    assert owner.process.wait() == 0
+    assert "Traceback" not in owner.process.output
+    part = part_of(other, asked, 1)
+    if is_in_time:
+        assert (rest, part.text, part.end) == (["c", "[DONE]"], "bc", "[DONE]")
+    else:
+        assert (len(rest), part.text) == (1, "b")
+        assert "restarting" in rest[0]
+        assert "restarting" in part.end
+    assert part_of(other, ended, 3).text == " said: ended"
+    assert (len(groq.asked("held")), len(groq.asked("ended"))) == (2, 1)
+
+
+def test_replicas_are_rolled_behind_a_proxy_and_no_token_is_lost(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    haproxy, front = shutil.which("haproxy") or "/usr/sbin/haproxy", Caller(free_port())
+    if not Path(haproxy).exists():
+        pytest.skip("haproxy is not installed")
+    settings = {"REDIS_ADDR": redis_server.address, "DRAIN_DELAY": 0.5}
+    replicas = [start_service(**settings) for _ in range(3)]
+    (tmp_path / "haproxy.cfg").write_text(
+        "defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n"
+        " retries 3\n option redispatch 1\n retry-on conn-failure 503\n"
+        f"listen front\n bind 127.0.0.1:{front.port}\n option httpchk GET /ready\n"
+        " default-server check inter 200ms rise 1 fall 1\n"
+        + "".join(f" server r{one.port} 127.0.0.1:{one.port}\n" for one in replicas)
+    )
+    groq.on("text", Script([f" {n}" for n in range(50)], interval=0.03))
+    end, names = Event(), count()
+
+    def call(_: int) -> None:
+        while not end.is_set():
+            asked = new(f"text {next(names)}.")
+            whole = read_whole(asked, ((front, random.randrange(500)) for _ in count()))
+            assert (whole.end, whole.text) == ("[DONE]", "".join(f" {n}" for n in range(50)))
+
+    with ExitStack() as stack:
+        stack.callback(Process([haproxy, "-db", "-f", str(tmp_path / "haproxy.cfg")]).end)
+        stack.enter_context(front.http)
+        wait_until(front.is_up)
+        pool = stack.enter_context(ThreadPoolExecutor(50))
+        calls = [pool.submit(call, number) for number in range(50)]
+        try:
+            for replica in replicas:
+                assert replica.process.end() == 0
+                replica.start()
+                replica.process.wait_for_line(lambda line: "POST /chat 200" in line)
+        finally:
+            end.set()
+        for each in calls:
+            each.result()
+    asked_for = [request.contents[-1] for request in groq.asked("text")]
+    assert len(asked_for) == len(set(asked_for)) == next(names)
+
+
+@pytest.fixture(params=["server", "cluster"])
+def servers(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[RedisServer]]]:
+    if request.param == "server":
+        with RedisServer() as server:
+            yield server.address, [server]
+    else:
+        with RedisCluster() as cluster:
+            yield cluster.address, cluster.servers
+
+
+def test_a_redis_that_is_emptied_while_replies_are_followed_leaves_no_hole(
+    start_service: StartService, groq: FakeGroq, servers: tuple[str, list[RedisServer]]
+) -> None:
+    address, nodes = servers
+    owner, other = (start_service(REDIS_ADDR=address) for _ in range(2))
+    groq.on("text", Script([f" {n}" for n in range(100)], interval=0.02))
+    asked = [new(f"text {number}.") for number in range(20)]
+    expected = "".join(f" {n}" for n in range(100))
+    for each in asked:
+        assert part_of(owner, each, cut=30).status == 200
+    with ThreadPoolExecutor(20) as pool:
+        reads = pool.map(lambda each: read_whole(each, repeat((other, 1 << 20))), asked)
+        wait_until(lambda: other.metric("chat_resumes_total", result="elsewhere") == len(asked))
+        for node in nodes:
+            node.kill()
+            node.start()
+        wholes = list(reads)
+    assert [whole.text for whole in wholes] == [expected] * len(asked)
+    assert {whole.end for whole in wholes} == {"[DONE]"}
+    assert len(groq.asked("text")) == len(asked)
+
+
+def test_without_redis_a_reply_is_its_replicas_alone(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer
+) -> None:
+    redis_server.kill()
+    owner, other = (start_service(REDIS_ADDR=redis_server.address) for _ in range(2))
+    groq.on("held", HELD)
+    asked = new("held")
+    assert part_of(owner, asked, cut=30).text == "ab"
+    assert part_of(owner, asked, 1, cut=15).text == "b"
+    for answer in (part_of(other, asked, 2), part_of(other, {}, path=f"/replies/{asked['reply']}")):
+        assert answer.status == 503
+    redis_server.start()
+    for service in (owner, other):
+        service.log_line(message="Redis is up")
+    assert part_of(owner, asked, 1, cut=15).text == "b"  # a break, at which it says whose it is
+    wait_until(lambda: redis_server.command("KEYS", "chat:reply:*") != [])
+    groq.release()
+    assert part_of(other, asked, 1) == (200, "bc", 4, "[DONE]")
+    assert len(groq.asked("held")) == 1
+
+
+def test_a_reply_that_is_never_resumed_costs_two_commands(
+    pair: Pair, groq: FakeGroq, redis: RedisServer
+) -> None:
+    def commands(fields: Callable[[], dict[str, Any]]) -> int:
+        redis.command("CONFIG", "RESETSTAT")
+        for _ in range(100):
+            assert pair[0].chat("hello", **fields()).status_code == 200
+        stats = redis.command("INFO", "commandstats")
+        names = ("eval", "evalsha", "get", "set", "del", "xadd")
+        return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in names)
+
+    plain = commands(dict)
+    assert commands(lambda: {"reply": uuid4().hex}) <= plain + 2 * 100 + 20
