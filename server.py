@@ -53,13 +53,8 @@ async def chat(request: Request) -> Response:
         raise
     is_stream = http.wants_stream(request, body)
     reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
-    if body.reply and state.settings.resume_timeout:
-        position = http.position(request)
-        source = await state.replies.open(body.reply, body, reply, position, admit)
-        answer = source.tokens()
-    else:
-        await admit()
-        source, answer = reply, state.service.answer(body, reply)
+    position = http.position(request) if body.reply else 0
+    source, answer = await state.replies.answer(body, reply, position, admit)
     scope["chat.reply"] = source
     if is_stream:
         return sse.EventStream(answer, source, state.settings.keep_alive_interval)
@@ -73,7 +68,8 @@ async def kept_reply(request: Request) -> Response:
         await replies.cancel(name)
         return Response(status_code=204)
     position, admit = http.position(request), limits.admission(request)
-    reading = request.scope["chat.reply"] = await replies.open(name, None, None, position, admit)
+    reply = Reply("sse", limits.client_key(middleware.client_of(request.scope)))
+    reading = request.scope["chat.reply"] = await replies.open(name, None, reply, position, admit)
     interval = request.app.state.settings.keep_alive_interval
     return sse.EventStream(reading.tokens(), reading, interval)
 

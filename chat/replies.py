@@ -6,7 +6,7 @@ them for a while. Other replicas read them through Redis.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from hashlib import sha256
 from math import inf
 from typing import Any
@@ -16,12 +16,13 @@ import msgspec
 
 from chat import errors, metrics
 from chat.config import Settings
-from chat.elsewhere import Elsewhere
-from chat.kept import KeptReply, Reading
+from chat.kept import End, KeptReply
+from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest
+from chat.reading import BEYOND, Elsewhere, Reading
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.handover import BEYOND, GONE, Claim, End, Handover
+from chat.storage.handover import GONE, Handover
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ MAX_ENDED_BYTES = 64 << 20  # of replies that have ended and may still be read
 MAIL_INTERVAL = 0.05  # seconds between two looks for letters, and between two writes of a replay
 ALIVE_INTERVAL = 1.0
 ABSENT_READER = 5.0  # seconds without a letter after which a reader elsewhere has left
-HAND_OVER_TIMEOUT = 3.0
 
 Admit = Callable[[], Awaitable[None]]
 
@@ -45,32 +45,56 @@ class Replies:
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: asyncio.Task[None] | None = None
 
-    async def open(
-        self, name: str, request: ChatRequest | None, reply: Reply | None, after: int, admit: Admit
-    ) -> Reading | Elsewhere:
-        """Return the reply of this name; with a request, begin it if there is none."""
-        key, fingerprint = _key(name), _fingerprint(request) if request else ""
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:  # the same request may come twice at one moment
-            if found := await self._find(key, fingerprint, after):
-                metrics.resumes[found.place].inc()
-                return found
-            if request is None or reply is None or after:
-                metrics.resumes["lost"].inc()
-                await admit()
+    async def answer(
+        self, request: ChatRequest, reply: Reply, after: int, admit: Admit
+    ) -> tuple[Reply | Reading, AbstractAsyncContextManager[TokenStream]]:
+        """Return a reply and its tokens, kept for later readers if its client has named it."""
+        if not (request.reply and self._timeout):
+            await admit()
+            if not request.messages:
                 raise errors.ReplyNotFound
-            return await self._begin(KeptReply(key, fingerprint, reply), request, admit)
+            return reply, self._service.answer(request, reply)
+        asked = request if request.messages else None
+        reading = await self.open(request.reply, asked, reply, after, admit)
+        if reply.is_cancelled:  # meanwhile
+            await reading.cancel()
+        return reading, reading.tokens()
+
+    async def open(
+        self, name: str, request: ChatRequest | None, reply: Reply, after: int, admit: Admit
+    ) -> Reading:
+        """Return the reply of this name; with a request, begin it if there is none."""
+        kept = KeptReply(_hash(name), _fingerprint(request) if request else "", reply)
+        lock = self._locks.setdefault(kept.key, asyncio.Lock())
+        async with lock:  # the same request may come twice at one moment
+            if reading := await self._find(kept.key, kept.fingerprint, after):
+                metrics.resumes[reading.place].inc()
+                return reading
+            try:
+                await admit()
+                if request is None or after:
+                    metrics.resumes["lost"].inc()
+                    raise errors.ReplyNotFound
+            except errors.ChatError:
+                await _quietly(self._handover.release(kept.key))
+                raise
+            self._kept[kept.key] = kept
+            kept.task = self._in_background(self._run(kept, request))
+        self._leave(kept, None)  # the connection may break before it is read
+        if self._serving is None or self._serving.done():
+            self._serving = self._in_background(self._serve())
+        return Reading(kept, 0, self._attend, self._leave)
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
-        if (found := await self._find(_key(name), "", 0)) is None:
+        if (reading := await self._find(_hash(name), "", 0)) is None:
             raise errors.ReplyNotFound
-        await found.cancel()
+        await reading.cancel()
 
     async def hand_over(self) -> None:
         """Write what is kept here for the other replicas, the newest first."""
         with suppress(errors.ReplyUnavailable, TimeoutError):
-            async with asyncio.timeout(HAND_OVER_TIMEOUT):
+            async with asyncio.timeout(3):
                 for kept in reversed([*self._kept.values()]):
                     await self._write(kept, anew=True)
 
@@ -79,35 +103,25 @@ class Replies:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _find(self, key: str, fingerprint: str, after: int) -> Reading | Elsewhere | None:
+    async def _find(self, key: str, fingerprint: str, after: int) -> Reading | None:
         """Return a reply; one that nobody has becomes ours if it is asked for from the start."""
-        found: KeptReply | Claim | None = self._kept.get(key)
+        kept, owner, of = self._kept.get(key), "", ""
         try:
-            found = found or await self._handover.claim(key, "" if after else fingerprint)
+            if kept is None and (
+                claim := await self._handover.claim(key, fingerprint * (not after))
+            ):
+                owner, of = claim
         except errors.ReplyUnavailable:
             if after or not fingerprint:
                 raise  # otherwise, only this replica will know it
-        if found and fingerprint not in ("", found.fingerprint):
+        if (kept or owner) and fingerprint not in ("", kept.fingerprint if kept else of):
             raise errors.ReplyConflict
-        if isinstance(found, KeptReply):
-            return Reading(found, after, self._attend, self._leave)
-        if found and found.owner == self._handover.replica:
+        if kept:
+            return Reading(kept, after, self._attend, self._leave)
+        if owner == self._handover.replica:
             metrics.resumes["lost"].inc()
             raise errors.ReplyNotFound
-        return found and Elsewhere(self._handover, key, found.owner, after)
-
-    async def _begin(self, kept: KeptReply, request: ChatRequest, admit: Admit) -> Reading:
-        try:
-            await admit()
-        except BaseException:
-            await _quietly(self._handover.release(kept.key))
-            raise
-        self._kept[kept.key] = kept
-        kept.task = self._in_background(self._run(kept, request))
-        self._leave(kept, None)  # the connection may break before it is read
-        if self._handover.reaches_others and (self._serving is None or self._serving.done()):
-            self._serving = self._in_background(self._serve(self._handover))
-        return Reading(kept, 0, self._attend, self._leave)
+        return Elsewhere(self._handover, key, owner, after) if owner else None
 
     async def _run(self, kept: KeptReply, request: ChatRequest) -> None:
         try:
@@ -126,12 +140,12 @@ class Replies:
                 self._forget(kept)
                 await _quietly(self._handover.release(kept.key))
         finally:
+            kept.end = kept.end or End(error=str(kept.error))
+            kept.set_unattended(False)
+            kept.wake()
             self._note_end(kept)
 
     def _note_end(self, kept: KeptReply) -> None:
-        kept.end = kept.end or End(error=str(kept.error))
-        kept.set_unattended(False)
-        kept.wake()
         if self._kept.get(kept.key) is kept:
             self._kept[kept.key] = self._kept.pop(kept.key)
             self._ended_bytes += kept.size
@@ -162,8 +176,7 @@ class Replies:
             kept.expiry = asyncio.get_running_loop().call_later(self._timeout, self._expire, kept)
             kept.set_unattended(not kept.end)
             if reader and not kept.end:  # Redis may have been away at the beginning
-                claim = self._handover.claim(kept.key, kept.fingerprint)
-                self._in_background(_quietly(claim))
+                self._in_background(_quietly(self._handover.claim(kept.key, kept.fingerprint)))
 
     def _expire(self, kept: KeptReply) -> None:
         self._forget(kept)
@@ -181,34 +194,33 @@ class Replies:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _serve(self, handover: Handover) -> None:
+    async def _serve(self) -> None:
         """Answer the letters of other replicas for as long as there are replies."""
         time, shown_at = asyncio.get_running_loop().time, -inf
         while self._kept:
             with suppress(errors.ReplyUnavailable):
                 if time() - shown_at >= ALIVE_INTERVAL:
-                    await handover.show_alive()
+                    await self._handover.show_alive()
                     shown_at = time()
-                for letter in await handover.letters():
+                for letter in await self._handover.letters():
                     await self._obey(*letter)
             followed = [kept for kept in self._kept.values() if kept.written is not None]
-            writes = [self._write(kept) for kept in followed]
-            await asyncio.gather(*map(_quietly, writes))
+            await asyncio.gather(*(_quietly(self._write(kept)) for kept in followed))
             for kept in followed:
                 if isinstance(kept.reader, str) and time() - kept.heard_at > ABSENT_READER:
                     self._leave(kept, kept.reader)
             await asyncio.sleep(MAIL_INTERVAL)
 
-    async def _obey(self, verb: str, key: str, reader: str = "", after: str = "") -> None:
-        kept, handover = self._kept.get(key), self._handover
+    async def _obey(self, verb: str, key: str, reader: str = "", after: str = "0") -> None:
+        kept = self._kept.get(key)
         if kept is None:
-            await handover.write(key, [GONE], anew=True)
+            await self._handover.write(key, [GONE], anew=True)
         elif verb == "cancel":
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
         elif int(after) > kept.length + bool(kept.end):
-            await handover.become_reader(key, BEYOND)
-        elif reader == kept.reader or await handover.reader(key) in (reader, ""):
+            await self._handover.become_reader(key, BEYOND)
+        elif reader == kept.reader or await self._handover.reader(key) in (reader, ""):
             kept.heard_at = asyncio.get_running_loop().time()
             if reader != kept.reader:
                 await self._attend(kept, reader)
@@ -228,10 +240,10 @@ async def _quietly(coroutine: Coroutine[Any, Any, object]) -> None:
         await coroutine
 
 
-def _key(name: str) -> str:
+def _hash(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
 def _fingerprint(request: ChatRequest) -> str:
     """Return what tells requests apart, except for the way in which the reply is sent."""
-    return _key(msgspec.json.encode((request.messages, request.conversation)).decode())
+    return _hash(msgspec.json.encode((request.messages, request.conversation)).decode())

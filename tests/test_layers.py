@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     "chat.prompt chat.messages chat.reply chat.errors chat.config chat.logs chat.metrics",
     "chat.storage chat.llm",
-    "chat.tokens chat.elsewhere chat.kept",
+    "chat.tokens chat.kept chat.reading",
     "chat.service",
     "chat.replies",
     "chat.api",

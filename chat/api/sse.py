@@ -13,9 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chat.api.http import Answer, cancelled_on_disconnect, in_background
-from chat.elsewhere import Elsewhere
 from chat.errors import ChatError, ClientDisconnected
-from chat.kept import Reading
+from chat.reading import Reading
 from chat.reply import Reply
 
 START_TIMEOUT = 10.0  # seconds for the first token; proxies give up on a silent upstream
@@ -34,7 +33,7 @@ START = {"type": "http.response.start", "status": 200, "headers": HEADERS}
 class EventStream(Response):
     """A reply, each token as soon as it has come; an error before the first keeps its status."""
 
-    def __init__(self, answer: Answer, reply: Reply | Reading | Elsewhere, interval: float) -> None:
+    def __init__(self, answer: Answer, reply: Reply | Reading, interval: float) -> None:
         self._answer, self._reply, self._interval = answer, reply, interval
         self._written_at = -inf
 
@@ -86,7 +85,7 @@ class Framer:
     each line end. For a reading, each event has as its id the position of its end in the text.
     """
 
-    def __init__(self, reading: Reading | Elsewhere | None = None) -> None:
+    def __init__(self, reading: Reading | None = None) -> None:
         self._reading, self._is_after_cr = reading, False
         self._position = reading.after if reading else None
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sys
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -12,13 +11,12 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.http import Answer, error_response
+from chat.api.http import error_response
 from chat.api.limits import admission, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
-from chat.elsewhere import Elsewhere
-from chat.kept import Reading
 from chat.messages import ChatRequest, parse_request
+from chat.reading import Reading
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -35,7 +33,8 @@ class ChatSocket:
         self._idle_limit = self._state.settings.idle_timeout
         self._idle = asyncio.timeout(None)
         self._reply: Reply | None = None
-        self._reading: Reading | Elsewhere | None = None  # of a reply that is kept
+        self._source: Any = None  # the reply, or what is read of one that is kept
+        self._position: int | None = None  # in the text of a reply that is kept
         self._answering: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
@@ -73,14 +72,14 @@ class ChatSocket:
             if request.cancel:
                 if self._reply:  # else the cancel has crossed the end of its reply
                     self._reply.cancel()
-                if self._reading:
-                    await self._reading.cancel()
+                if isinstance(self._source, Reading):
+                    await self._source.cancel()
                 return
             if self._answering and self._reply and self._reply.is_cancelled:
                 await asyncio.wait([self._answering])
             if self._answering:
                 raise errors.BadRequest(BUSY)
-            self._reply = Reply("websocket", client_key(client_of(self._scope)))
+            self._reply = self._source = Reply("websocket", client_key(client_of(self._scope)))
             self._answering = asyncio.create_task(self._answer(request, self._reply))
         except errors.ChatError as error:
             log_request(self._scope, error.status, error.log_fields)
@@ -89,72 +88,50 @@ class ChatSocket:
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
-        """Parse a message; unless it is a cancel or a ping, it counts against the rate limit."""
-        text, request, limit = message.get("text"), None, self._state.settings.max_body_bytes
+        """Parse a message; a bad one, unless it is a ping, counts against the rate limit, too."""
+        text, limit = message.get("text"), self._state.settings.max_body_bytes
         try:
             if text is None:
                 raise errors.BinaryMessage
             if len(text.encode(errors="replace")) > limit:
                 raise errors.BodyTooLarge(limit)
-            request = parse_request(text, may_cancel=True)
-            return request
-        finally:
-            is_ping = isinstance(sys.exception(), errors.MissingMessages)
-            if not (is_ping or (request and (request.cancel or request.reply))):
+            return parse_request(text, may_cancel=True)
+        except errors.ChatError as error:
+            if not isinstance(error, errors.MissingMessages):
                 await admission(self._websocket)()
+            raise
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
-        source, status, summary = None, 200, dict[str, Any]()
+        status, fields, admit = 200, dict[str, object](), admission(self._websocket)
         try:
-            source, answer = await self._open(request, reply)
-            position = request.after if self._reading else None
+            replies = self._state.replies
+            self._source, answer = await replies.answer(request, reply, request.after, admit)
+            self._position = None if self._source is reply else request.after
             async with answer as tokens:
                 async for some in tokens:
-                    position = await self._send_tokens(some, reply, position)
-            truncated = {"truncated": source.truncated} if source.truncated else {}
-            await self._send({"done": "true", **truncated})
+                    await self._send_tokens(some, reply)
+            cut = self._source.truncated
+            await self._send({"done": "true"} | ({"truncated": cut} if cut else {}))
         except errors.NothingLeft:
             await self._send({"done": "true"})
         except errors.ReplyCancelled:
             await self._send({"done": "true", "cancelled": "true"})
         except errors.ChatError as error:
-            status, summary = error.status, error.log_fields
+            status, fields = error.status, error.log_fields
             await self._send({"error": str(error)}, error.close_code)
         finally:
             self._answering = None
-            summary |= source.summary() if source else {}
-            status = reply.error.status if reply.error else status
-            self._reading = None
             with suppress(RuntimeError):  # no message is waited for
                 self._idle.reschedule(asyncio.get_running_loop().time() + self._idle_limit)
-            log_request(self._scope, status, summary)
+            status = reply.error.status if reply.error else status
+            log_request(self._scope, status, fields | self._source.summary())
 
-    async def _open(self, request: ChatRequest, reply: Reply) -> tuple[Any, Answer]:
-        """Return the reply, begun or found, and its tokens."""
-        admit, begun_by = admission(self._websocket), request if request.messages else None
-        if not (request.reply and self._state.settings.resume_timeout):
-            if request.reply:  # which does not count
-                await admit()
-            if begun_by is None:
-                raise errors.ReplyNotFound
-            return reply, self._state.service.answer(request, reply)
-        reading = await self._state.replies.open(
-            request.reply, begun_by, reply, request.after, admit
-        )
-        self._reading = reading
-        if reply.is_cancelled:  # meanwhile
-            await reading.cancel()
-        return reading, reading.tokens()
-
-    async def _send_tokens(
-        self, tokens: list[str], reply: Reply, position: int | None
-    ) -> int | None:
-        """Send tokens; return the position after them, if positions are sent."""
-        if position is None:
+    async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
+        if self._position is None:
             texts = [msgspec.json.encode({"token": token}) for token in tokens]
         else:
-            _, *ends = accumulate(map(len, tokens), initial=position)
-            pairs = zip(tokens, ends, strict=True)
+            _, *ends = accumulate(map(len, tokens), initial=self._position)
+            self._position, pairs = ends[-1], zip(tokens, ends, strict=True)
             texts = [msgspec.json.encode({"token": token, "after": end}) for token, end in pairs]
         messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
         if TEXTS not in self._scope.get("extensions", ()):
@@ -165,10 +142,9 @@ class ChatSocket:
             except CLOSED:
                 raise errors.ClientDisconnected from None
             except asyncio.CancelledError:
-                if position is None:  # otherwise what has come is kept, whether sent or not
+                if self._position is None:  # a kept reply has all that has come
                     reply.sent += tokens[:count]
                 raise
-        return ends[-1] if position is not None else None
 
     async def _send(self, content: dict[str, str], close_code: int | None = None) -> None:
         with suppress(*CLOSED):
