@@ -62,16 +62,14 @@ async def chat(request: Request) -> Response:
 
 
 async def kept_reply(request: Request) -> Response:
-    replies, name = request.app.state.replies, request.path_params["id"]
+    state, scope, name = request.app.state, request.scope, request.path_params["id"]
     messages.check_id("reply", name)
     if request.method == "DELETE":
-        await replies.cancel(name)
+        await state.replies.cancel(name)
         return Response(status_code=204)
-    position, admit = http.position(request), limits.admission(request)
-    reply = Reply("sse", limits.client_key(middleware.client_of(request.scope)))
-    reading = request.scope["chat.reply"] = await replies.open(name, None, reply, position, admit)
-    interval = request.app.state.settings.keep_alive_interval
-    return sse.EventStream(reading.tokens(), reading, interval)
+    asked = http.position(request), limits.admission(request)
+    reading = scope["chat.reply"] = await state.replies.open(name, None, None, *asked)
+    return sse.EventStream(reading.tokens(), reading, state.settings.keep_alive_interval)
 
 
 async def conversation(request: Request) -> Response:

@@ -27,7 +27,7 @@ from chat.storage.handover import GONE, Handover
 logger = logging.getLogger(__name__)
 
 MAX_ENDED_BYTES = 64 << 20  # of replies that have ended and may still be read
-MAIL_INTERVAL = 0.05  # seconds between two looks for letters, and between two writes of a replay
+MAIL_INTERVAL = 0.05  # seconds between two looks for letters, and two writes of a replay
 ALIVE_INTERVAL = 1.0
 ABSENT_READER = 5.0  # seconds without a letter after which a reader elsewhere has left
 
@@ -61,24 +61,25 @@ class Replies:
         return reading, reading.tokens()
 
     async def open(
-        self, name: str, request: ChatRequest | None, reply: Reply, after: int, admit: Admit
+        self, name: str, request: ChatRequest | None, reply: Reply | None, after: int, admit: Admit
     ) -> Reading:
         """Return the reply of this name; with a request, begin it if there is none."""
-        kept = KeptReply(_hash(name), _fingerprint(request) if request else "", reply)
-        lock = self._locks.setdefault(kept.key, asyncio.Lock())
+        key, fingerprint = _hash(name), _fingerprint(request) if request else ""
+        lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:  # the same request may come twice at one moment
-            if reading := await self._find(kept.key, kept.fingerprint, after):
+            if reading := await self._find(key, fingerprint, after):
                 metrics.resumes[reading.place].inc()
                 return reading
+            if request is None or reply is None or after:
+                metrics.resumes["lost"].inc()
+                await admit()
+                raise errors.ReplyNotFound
             try:
                 await admit()
-                if request is None or after:
-                    metrics.resumes["lost"].inc()
-                    raise errors.ReplyNotFound
-            except errors.ChatError:
-                await _quietly(self._handover.release(kept.key))
+            except BaseException:
+                await _quietly(self._handover.release(key))
                 raise
-            self._kept[kept.key] = kept
+            kept = self._kept[key] = KeptReply(key, fingerprint, reply)
             kept.task = self._in_background(self._run(kept, request))
         self._leave(kept, None)  # the connection may break before it is read
         if self._serving is None or self._serving.done():
@@ -189,8 +190,7 @@ class Replies:
             self._ended_bytes -= kept.size if kept.end else 0
 
     def _in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
+        self._tasks.add(task := asyncio.create_task(coroutine))
         task.add_done_callback(self._tasks.discard)
         return task
 

@@ -1,7 +1,7 @@
 // The conversation: what was asked and replied, kept by the tab over a reload. It is sent as a whole
 // with each question, so that what is on the page is what the model knows.
 
-import { eventsOf, LOST } from "./events.js";
+import { readReply } from "./reply.js";
 
 const ID_BYTES = 24;
 /** What is sent: as many exchanges as the service remembers, and less than the 256 KiB that it takes;
@@ -26,33 +26,36 @@ export class Conversation {
     this.exchanges = this.exchanges.filter((each) => each !== exchange);
   }
 
-  /** Ask a question at the end of the conversation, and tell of the exchange whenever it has changed.
-   * The signal stops the reply, or lets it fail with the error that is its reason. */
-  async ask(question, signal, onChange) {
-    const body = JSON.stringify(this.#requestFor(question));
-    const exchange = { question, reply: "", state: "waiting", error: "", truncated: "" };
-    this.exchanges.push(exchange);
-    this.save();
-    onChange(exchange);
+  /** Put a question at the end of the conversation; return its exchange. */
+  add(question) {
+    const asked = { id: randomId(), question, reply: "", position: "", state: "waiting" };
+    this.exchanges.push({ ...asked, error: "", truncated: "" });
+    return this.exchanges.at(-1);
+  }
+
+  /** Ask for the reply to an exchange, or read on where a reload has cut it off, and tell whenever it
+   * has changed. The signal stops the reply. */
+  async read(exchange, isNew, signal, onChange) {
     const headers = { "Content-Type": "application/json" };
+    const asked = isNew && ["chat", { method: "POST", headers, body: this.#bodyFor(exchange) }];
+    this.save();
     try {
-      const events = eventsOf("chat", { method: "POST", headers, body, signal });
-      await read(events, exchange, () => onChange(exchange));
+      await readReply(exchange, asked, signal, onChange);
       exchange.state = "done";
     } catch (error) {
       exchange.state = error.name === "AbortError" ? "stopped" : "failed";
       exchange.error = error.message;
     }
     this.save();
-    onChange(exchange);
+    onChange();
   }
 
   /** A transcript with a reply in it takes the place of what the service has stored; one without
    * would be added to what an attempt before may have left there, unless it has an id of its own. */
-  #requestFor(question) {
+  #bodyFor({ id, question }) {
     const messages = withinRoom([...this.#transcript(), { role: "user", content: question }]);
     if (messages.every(({ role }) => role === "user")) this.#id = randomId();
-    return { messages, conversation: this.#id, stream: true };
+    return JSON.stringify({ messages, conversation: this.#id, reply: id, stream: true });
   }
 
   /** What the user has seen; a question that failed at once may be one that no model takes. */
@@ -66,28 +69,11 @@ export class Conversation {
       ]);
   }
 
-  /** Keep everything for a reload, which cuts off a reply that is running. */
+  /** Keep everything for a reload, with the position in a reply that is running. */
   save() {
-    const kept = this.exchanges.map((exchange) => {
-      if (!["waiting", "streaming"].includes(exchange.state)) return exchange;
-      const error = exchange.reply ? "This reply was cut off." : "This message got no reply.";
-      return { ...exchange, state: "failed", error };
-    });
     store("conversation", this.#id);
-    store("exchanges", JSON.stringify(kept));
+    store("exchanges", JSON.stringify(this.exchanges));
   }
-}
-
-async function read(events, exchange, onChange) {
-  for await (const { event, data } of events) {
-    if (event === "error") throw new Error(JSON.parse(data).error);
-    if (data === "[DONE]") return;
-    exchange.state = "streaming";
-    if (event === "truncated") exchange.truncated = JSON.parse(data).reason;
-    else exchange.reply += data;
-    onChange();
-  }
-  throw new Error(LOST);
 }
 
 /** Return the newest messages that a request may hold, from a question on. */

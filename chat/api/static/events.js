@@ -5,8 +5,9 @@ const SILENCE = 60_000;
 const UNREACHABLE = "The service cannot be reached.";
 export const LOST = "The connection was lost.";
 
-/** Ask, as `fetch` does, and give the events of the answer, each `{event, data, id}`. An error, or an
- * answer that breaks off, is thrown with a message for people; an abort as the signal's reason. */
+/** Ask, as `fetch` does, and give the events of the answer, each `{event, data, id}`. An error is
+ * thrown with a message for people and the status as its cause, which is 0 if there was none or the
+ * answer broke off; an abort as the signal's reason. */
 export async function* eventsOf(address, request) {
   const silence = new AbortController();
   const signal = AbortSignal.any([request.signal, silence.signal]);
@@ -14,12 +15,13 @@ export async function* eventsOf(address, request) {
     const timer = setTimeout(() => silence.abort(), SILENCE);
     const heard = await words.catch(() => null).finally(() => clearTimeout(timer));
     request.signal.throwIfAborted();
-    if (!heard) throw new Error(failure);
+    if (!heard) throw new Error(failure, { cause: 0 });
     return heard;
   };
   try {
     const answer = await hear(fetch(address, { ...request, signal }), UNREACHABLE);
-    if (!answer.ok) throw new Error(await hear(errorIn(answer), LOST));
+    if (!answer.ok) throw new Error(await hear(errorIn(answer), LOST), { cause: answer.status });
+    if (answer.status === 204) return yield { data: "[DONE]" }; // which was read before
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     yield* parsed(() => hear(reader.read(), LOST));
   } finally {

@@ -26,21 +26,20 @@ let draft = "";
 let silencing = null;
 
 /** Ask; the view of an attempt before, if there was one, makes way. */
-async function ask(question, before = null) {
+function ask(question, before = null) {
   if (running) return;
   stopEditing();
   if (before) remove(before);
-  const stopping = new AbortController();
-  running = stopping;
+  follow(add(conversation.add(question)), true);
+}
+
+/** Show a reply while it comes. */
+async function follow(view, isNew) {
+  const stopping = (running = new AbortController());
   document.body.dataset.state = "running";
   announce("Waiting for the reply.");
-  let view = null;
-  await conversation.ask(question, stopping.signal, (exchange) => {
-    if (running !== stopping) return; // the conversation is over
-    view ??= add(exchange);
-    view.update();
-  });
-  if (running === stopping) settle(view);
+  await conversation.read(view.exchange, isNew, stopping.signal, () => view.update());
+  if (running === stopping) settle(view); // otherwise the conversation is over
 }
 
 function add(exchange) {
@@ -191,12 +190,12 @@ byId("welcome").addEventListener("click", ({ target }) => {
   ask(target.textContent.trim());
   field.focus();
 });
-window.addEventListener("pagehide", () => {
-  conversation.save(); // before the reply is cut off, since nothing runs after this
-  running?.abort(new Error("This reply was cut off."));
-});
+/** Nothing may run after either; the service keeps a reply for a while. */
+window.addEventListener("pagehide", () => conversation.save());
+document.addEventListener("visibilitychange", () => conversation.save());
 
 byId("welcome").hidden = conversation.exchanges.length > 0;
-for (const exchange of conversation.exchanges) add(exchange);
 document.body.dataset.state = "idle";
+for (const exchange of conversation.exchanges) add(exchange);
+if (views.at(-1)?.isRunning) follow(views.at(-1), false);
 fitField();
