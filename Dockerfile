@@ -6,6 +6,9 @@ COPY requirements.txt .
 RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir -r requirements.txt
 
 FROM python:3.13.9-slim-bookworm
+LABEL org.opencontainers.image.title="A small LLM chat service" \
+      org.opencontainers.image.version="1.0.0" \
+      org.opencontainers.image.licenses="MIT"
 WORKDIR /app
 RUN useradd --system --uid 10001 chat
 COPY --from=build /venv /venv

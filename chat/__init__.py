@@ -1,5 +1,4 @@
-"""
-An anonymous chat service in front of Groq's LLM API.
+"""An anonymous chat service in front of Groq's LLM API.
 
 service   one turn of a chat, over:   prompt    which exchanges go along
 reply     a reply in progress         tokens    token counts
@@ -11,3 +10,5 @@ llm/      whom it asks: Groq, with retries, a circuit breaker and a fallback
 
 Imports run downwards: server, api, service, tokens, {storage, llm}, the rest.
 """
+
+__version__ = "1.0.0"

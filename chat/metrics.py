@@ -1,13 +1,11 @@
 """Every metric of the service; the only global state, since a process is scraped as a whole."""
 
 from functools import cache, partial
-from math import nan
-from typing import Any
 
 import prometheus_client
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 
+from chat import __version__
 from chat.errors import GroqCircuitOpen, GroqError, reasons
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -43,7 +41,8 @@ HISTORY_CONVERSATIONS = total("history_conversations", "Conversations kept in me
 HISTORY_LOST = Counter("history_lost_exchanges_total", "Exchanges that Redis did not store.")
 EVENT_LOOP_TASKS = total("event_loop_tasks", "Tasks of the event loop.")
 REDIS_UP = smallest("redis_up", "1 if Redis accepts commands, NaN if there is none.")
-REDIS_UP.set(nan)
+REDIS_UP.set(float("nan"))
+largest("chat_build_info", "1 for the running version.", ["version"]).labels(__version__).set(1)
 
 STREAM_TYPES = ("json", "sse", "websocket")
 OUTCOMES = ("completed", "cancelled", "failed")
@@ -68,7 +67,7 @@ def render() -> bytes:
     return prometheus_client.generate_latest(_registry())
 
 
-def serve(address: tuple[Any, ...], **_: object) -> None:
+def serve(address: tuple[str, int, *tuple[int, ...]], **_: object) -> None:
     """Serve the metrics on a port of their own, from a thread, until the process ends."""
     prometheus_client.start_http_server(address[1], address[0], _registry())
 
@@ -76,7 +75,7 @@ def serve(address: tuple[Any, ...], **_: object) -> None:
 def _registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     try:
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     except ValueError:  # PROMETHEUS_MULTIPROC_DIR is not set: there is one process
         return REGISTRY
     return registry

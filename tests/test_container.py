@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
+from chat import __version__
 from chat.config import Settings
-from tests.servers import ROOT
+from tests.servers import ROOT, Service
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -37,6 +38,15 @@ def test_the_image_is_pinned_runs_as_a_user_and_receives_its_signals() -> None:
     assert all(re.fullmatch(r"python:3\.13\.\d+-slim-bookworm", base) for base in bases)
     assert re.search(r"^USER [1-9]\d*$", DOCKERFILE, re.MULTILINE)
     assert re.search(r"^CMD \[", DOCKERFILE, re.MULTILINE)
+    workflow = (ROOT / ".github/workflows/ci.yaml").read_text()
+    assert all(f"- run: {command}" in workflow for command in ("docker build", ".ci/run"))
+
+
+def test_the_release_has_one_version(service: Service) -> None:
+    assert yaml.safe_load((ROOT / "openapi.yaml").read_text())["info"]["version"] == __version__
+    assert f'image.version="{__version__}"' in DOCKERFILE
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text()
+    assert service.metric("chat_build_info", version=__version__) == 1
 
 
 def test_every_file_that_the_image_copies_exists_and_is_not_ignored() -> None:

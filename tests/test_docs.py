@@ -5,7 +5,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +23,14 @@ from tests.test_monitoring import ALERTS
 
 API = (ROOT / "docs/api.md").read_text()
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
-README = (ROOT / "README.md").read_text()
-HELLO = "Hello!"
 
 
 @dataclass
 class Situation:
     """What the first line of a block says about the service and Groq."""
 
-    settings: dict[str, object] = field(default_factory=dict)  # those that it does not name itself
     script: Script = field(default_factory=Script)
+    settings: dict[str, object] = field(default_factory=dict)  # those that it does not name itself
     before: Callable[[Service, FakeGroq], AbstractContextManager[object]] | None = None
     is_lasting: bool = False  # whether the service stays changed by it
 
@@ -63,75 +60,67 @@ def after_a_chat(service: Service, groq: FakeGroq) -> Iterator[None]:
 
 
 NOTHING_LEFT = (("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", "1h"))
+LIMITED = Script(status=429, headers=(("retry-after", "30"),))
+ONLY_REASONING = Script([], reasoning=["hm"], finish_reason="length")
 PAUSE = Script(["Once", " upon", " a"], hold_before_token=2)
+NOWHERE = f"127.0.0.1:{free_port()}"
 
 SITUATIONS = {
-    "": Situation(),
-    "Groq sends a token with a newline": Situation(script=Script(["- one\n- two"])),
-    "Groq fails after two tokens": Situation(script=Script(["You", " said"], error_before_token=2)),
-    "Groq pauses after two tokens": Situation(script=PAUSE),
-    "The reply reaches MAX_TOKENS": Situation(
-        script=Script(["Once", " upon"], finish_reason="length")
-    ),
+    "Groq sends a token with a newline": Situation(Script(["- one\n- two"])),
+    "Groq fails after two tokens": Situation(Script(["You", " said"], error_before_token=2)),
+    "Groq pauses after two tokens": Situation(PAUSE),
+    "The reply reaches MAX_TOKENS": Situation(Script(["Once", " upon"], finish_reason="length")),
     **dict.fromkeys(
-        ("RATE_LIMIT=1/hour", "CONTEXT_TOKENS=1030", "BODY_TIMEOUT=1", "MAX_BODY_BYTES=50"),
+        ("", "RATE_LIMIT=1/hour", "CONTEXT_TOKENS=1030", "BODY_TIMEOUT=1", "MAX_BODY_BYTES=50"),
         Situation(),
     ),
     "MAX_CONCURRENT_PER_CLIENT=1, and a reply is in progress": Situation(before=running_reply),
     "MAX_CONCURRENT=1, and a reply is in progress": Situation(before=running_reply),
     "This replica is shutting down": Situation(before=ending),
-    "HISTORY_STORE=redis, and Redis is unreachable": Situation(
-        {"REDIS_ADDR": f"127.0.0.1:{free_port()}"}
-    ),
-    "Groq responds with status 500": Situation(script=Script(status=500)),
-    "Groq responds with status 429": Situation(
-        script=Script(status=429, headers=(("retry-after", "30"),)), is_lasting=True
-    ),
-    "Groq rejects the key": Situation(script=Script(status=401)),
-    "Groq is unreachable": Situation({"GROQ_BASE_URL": f"http://127.0.0.1:{free_port()}/v1"}),
-    "Groq hangs up in a reply": Situation(script=Script(["You", " said"], cut_before_token=2)),
-    "Groq sends garbage": Situation(script=Script(body=b"<html>")),
-    "Groq sends an empty reply": Situation(script=Script([])),
-    "The model's reasoning uses up MAX_TOKENS": Situation(
-        script=Script([], reasoning=["hm"], finish_reason="length")
-    ),
+    "HISTORY_STORE=redis, and Redis is unreachable": Situation(settings={"REDIS_ADDR": NOWHERE}),
+    "Groq responds with status 500": Situation(Script(status=500)),
+    "Groq responds with status 429": Situation(LIMITED, is_lasting=True),
+    "Groq rejects the key": Situation(Script(status=401)),
+    "Groq is unreachable": Situation(settings={"GROQ_BASE_URL": f"http://{NOWHERE}"}),
+    "Groq hangs up in a reply": Situation(Script(["You", " said"], cut_before_token=2)),
+    "Groq sends garbage": Situation(Script(body=b"<html>")),
+    "Groq sends an empty reply": Situation(Script([])),
+    "The model's reasoning uses up MAX_TOKENS": Situation(ONLY_REASONING),
     "The circuit breaker is open": Situation(
-        {"GROQ_CIRCUIT_FAILURES": 1}, Script(status=500), after_a_chat
+        Script(status=500), {"GROQ_CIRCUIT_FAILURES": 1}, after_a_chat
     ),
-    "Groq's quota is exhausted": Situation({}, Script(headers=NOTHING_LEFT), after_a_chat),
-    "Groq is silent": Situation({"GROQ_TIMEOUT": 0.3}, Script(hold_before_status=True)),
+    "Groq's quota is exhausted": Situation(Script(headers=NOTHING_LEFT), {}, after_a_chat),
+    "Groq is silent": Situation(Script(hold_before_status=True), {"GROQ_TIMEOUT": 0.3}),
 }
 
 
-def test_the_readme_has_every_route_and_every_setting_with_its_default() -> None:
-    listed = set(re.findall(r"^\| (?:`[A-Z]+ |WebSocket `)(/[^`]*)` \|", README, re.M))
+def test_every_route_is_in_the_table_of_the_api_and_every_situation_is_shown() -> None:
+    table = API.partition("\n## ")[0]
+    listed = set(re.findall(r"`(?:[A-Z]+ )?(/[^`]*)`", table.partition("| | |")[2]))
     assert listed == {route.path_format for route in server.ROUTES}
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+)`? \|", README, re.M))
-    settings = msgspec.structs.fields(Settings)
-    expected = {setting.name.upper(): shown(setting.default) for setting in settings}
-    assert {name: value.strip() for name, value in rows.items()} == expected
+    assert {situation for _, situation, _ in blocks(API)} == SITUATIONS.keys()
+
+
+def test_every_setting_is_in_one_table_with_its_default() -> None:
+    assert settings_in(section("Settings")) == DEFAULTS
+    assert set(re.findall(r"^([A-Z_]+)=", OPERATIONS, re.M)) <= DEFAULTS.keys()  # lines to copy
+
+
+def settings_in(document: str) -> dict[str, str]:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+)`? \|", document, re.M)
+    return {name: default.strip() for name, default in rows}
 
 
 def shown(default: object) -> str:
-    if default is msgspec.NODEFAULT:
-        return "required"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if default == "":
-        return "empty"
-    return f"{default:.10g}" if isinstance(default, float) else str(default)
+    if default in ("", msgspec.NODEFAULT):
+        return "required" if default else "empty"
+    return (f"{default:.10g}" if isinstance(default, float) else str(default)).lower()
 
 
-def test_the_websocket_script_runs(service: Service) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    script = script.replace("localhost:8000", f"127.0.0.1:{service.port}")
-    printed = subprocess.check_output([sys.executable, "-c", script], timeout=PATIENCE)
-    assert printed.decode() == "You said: Hello!\n {'done': 'true'}\n"
+DEFAULTS = {field.name.upper(): shown(field.default) for field in msgspec.structs.fields(Settings)}
 
 
-def test_operations_describes_every_setting_metric_and_alert(service: Service) -> None:
-    words = set(re.findall(r"\w+", OPERATIONS))
-    assert {name.upper() for name in Settings.__struct_fields__} <= words
+def test_operations_describes_every_metric_and_alert(service: Service) -> None:
     metrics = re.findall(r"^# TYPE (\w+)", service.http.get("/metrics").text, re.M)
     ours = {name for name in metrics if not name.startswith(("python_", "process_"))}
     table, _, _ = section("Reading the metrics").partition("| `reason` |")
@@ -156,16 +145,13 @@ def section(heading: str) -> str:
 
 
 def test_the_example_log_line_has_the_fields_of_a_real_one(service: Service) -> None:
-    service.tokens(HELLO)
+    service.tokens("Hello!")
     (shown,) = re.findall(r"^```json\n(.*)\n```$", OPERATIONS, re.M)
     assert list(json.loads(shown)) == list(service.log_line(endpoint="/chat", method="POST"))
 
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("deploy/*/*.md")]
-
-
 def test_every_file_link_and_import_in_the_documents_has_a_target() -> None:
-    for document in DOCUMENTS:
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("deploy/*/*.md")):
         text = document.read_text()
         for name in re.findall(r"`((?:chat|tests|bench|deploy|docs)/[\w./-]+)`", text):
             assert (ROOT / name).exists(), (document.name, name)
@@ -191,10 +177,6 @@ def blocks(document: str) -> Iterator[tuple[str, str, str]]:
         yield (kind, first[2:], rest) if first.startswith("# ") else (kind, "", text)
 
 
-def test_every_situation_is_shown() -> None:
-    assert {situation for _, situation, _ in blocks(README + API)} == SITUATIONS.keys()
-
-
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_the_exchanges_are_as_shown(groq: FakeGroq, service: Service, name: str) -> None:
     situation = SITUATIONS[name]
@@ -205,7 +187,7 @@ def test_the_exchanges_are_as_shown(groq: FakeGroq, service: Service, name: str)
             service = stack.enter_context(Service(**{"GROQ_BASE_URL": groq.url, **settings}))
         if situation.before:
             stack.enter_context(situation.before(service, groq))
-        for kind, named, text in blocks(README + API):
+        for kind, named, text in blocks(API):
             if named == name:
                 REPLAYS[kind](text, service)
 

@@ -34,9 +34,7 @@ def test_the_description_is_valid_and_has_every_route_and_no_other() -> None:
         for path, operations in DESCRIPTION["paths"].items()
     }
     routes = [route for route in server.ROUTES if isinstance(route, Route)]
-    assert described == {
-        route.path_format: set(route.methods or ()) - {"HEAD"} for route in routes
-    }
+    assert described == {route.path_format: set(route.methods or ()) - {"HEAD"} for route in routes}
 
 
 def test_it_is_served_unchanged(service: Service) -> None:
