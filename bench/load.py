@@ -37,6 +37,7 @@ class Order:
     seconds: float = 0.0  # how long callers keep asking; each finishes the chat that it has begun
     chats: int = 1  # each caller's minimum number of chats
     stagger: float = 0.0  # seconds between the first requests of consecutive callers
+    is_kept: bool = False  # each reply has an id, so that it could be read again
     conversation: str = ""  # prefix of the callers' conversation ids; else, each chat has its own
     hold: bool = False  # print `held` once every caller has its first token; keep the streams open
 
@@ -98,6 +99,8 @@ class Caller:
             conversation = f"{order.conversation}-{self.number}"
         message = {"role": "user", "content": content}
         asked: dict[str, object] = {"messages": [message], "conversation": conversation}
+        if order.is_kept:
+            asked["reply"] = uuid.uuid4().hex
         if order.mode == "ws":
             return socket_frame(json.dumps(asked, separators=(",", ":")).encode())
         asked["stream"] = "json" not in order.mode

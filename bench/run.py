@@ -41,9 +41,10 @@ def measure(
         with ExitStack() as stack:  # new processes, since no two run at the same speed
             start = Targets(stack)
             relays = [start.service(name) for name in services]
-            for relay in relays:
+            kept = start.keeping_service()
+            for relay in (*relays, kept):
                 workloads.first_token(relay, TINY)  # connects to Redis and fills the pool
-            targets = [start.direct(), start.naive(), *relays, *peers]
+            targets = [start.direct(), start.naive(), *relays, kept, *peers]
             if "flood" in only:
                 targets.append(start.tls_service())
             for workload, target in turns(targets, sizes, only, is_odd=number % 2 == 1):

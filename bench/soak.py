@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from itertools import chain
+from math import inf
 from statistics import mode
 
 import httpx
@@ -31,13 +33,14 @@ SETTINGS = {
     "GROQ_MAX_RETRIES": 0,  # so that there is one request to Groq for each reply
     "GROQ_CIRCUIT_FAILURES": 3,  # few, so that the circuit breaker opens from time to time
     "MAX_EXCHANGES": 20,
+    "RESUME_TIMEOUT": 10,
 }
 TOKEN_INTERVAL = 0.02
 # Seconds: less than uvicorn's, which might close a connection while a request is on its way.
 KEEP_ALIVE_EXPIRY = 2.0
 LONG_RUN = 300.0  # seconds from which memory is judged: before, histories and counts still fill
 IDLE_LIMIT = 30.0  # seconds until all must have ended and idle connections to Groq be closed
-REDIS_CONNECTIONS = 50  # what the service's pool may hold
+REDIS_CONNECTIONS = 50  # what a replica's pool may hold
 OUTAGE = "circuit breaker opened"  # the one error that may be logged, since it is true
 SHOWN = 20  # problems shown for each check
 
@@ -62,22 +65,28 @@ class Soak:
             self._groq.on(f"[{name}]", fault.script)
         self._redis = stack.enter_context(RedisServer())
         addresses = {"GROQ_BASE_URL": self._groq.url, "REDIS_ADDR": self._redis.address}
-        self.service = stack.enter_context(Service(**addresses, **SETTINGS))
-        self._process = psutil.Process(self.service.process.pid)
+        # All replies begin at the first; the second knows them through Redis.
+        self.service, self.other = self._replicas = [
+            stack.enter_context(Service(**addresses, **SETTINGS)) for _ in range(2)
+        ]
+        self._processes = [psutil.Process(each.process.pid) for each in self._replicas]
 
     async def warm_up(self) -> None:
         """Make the service allocate what it allocates only once."""
         async with self._client() as http:
-            await Caller(0, self.seed, http, self.seen).ask_over_each_transport()
+            await self._caller(0, http).ask_over_each_transport()
 
     async def run(self, callers: int, seconds: float) -> None:
         """Let the callers ask, while Redis fails."""
         until = time.monotonic() + seconds
         async with self._client() as http, asyncio.TaskGroup() as tasks:
-            self.callers = [Caller(n, self.seed, http, self.seen) for n in range(1, callers + 1)]
+            self.callers = [self._caller(number, http) for number in range(1, callers + 1)]
             runs = [caller.run(until) for caller in self.callers]
             for run in (*runs, self._disturb_redis(until), self._watch(until)):
                 tasks.create_task(run)
+
+    def _caller(self, number: int, http: httpx.AsyncClient) -> Caller:
+        return Caller(number, self.seed, http, self.seen, self.other.url)
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_EXPIRY)
@@ -88,15 +97,17 @@ class Soak:
         redis = self._redis
         while time.monotonic() < until:
             for fail, recover in ((redis.pause, redis.resume), (redis.kill, redis.start)):
-                await asyncio.sleep(chance.uniform(0.5, 2))
+                await asyncio.sleep(chance.uniform(0.5, 5))  # often, resuming must succeed
+                self.seen.redis_down_until = inf
                 fail()
                 await asyncio.sleep(chance.uniform(0.1, 1.5))
                 await asyncio.to_thread(recover)
+                self.seen.redis_down_until = time.monotonic()
             self.restarts += 1
 
     async def _watch(self, until: float) -> None:
         while time.monotonic() < until:
-            self.memory.append(self._process.memory_info().rss)
+            self.memory.append(sum(each.memory_info().rss for each in self._processes))
             self.read_requests()
             self.read_log()
             await asyncio.sleep(1)
@@ -110,9 +121,11 @@ class Soak:
         self._unfinished = [x for x in requests if not (x.answered or x.closed.is_set())]
 
     def read_log(self) -> None:
-        """Check the service's new log lines, and drop them."""
-        lines = self.service.process.lines[:]
-        del self.service.process.lines[: len(lines)]
+        """Check the replicas' new log lines, and drop them."""
+        lines = []
+        for replica in self._replicas:
+            lines += (new := replica.process.lines[:])
+            del replica.process.lines[: len(new)]
         text = "".join(lines)
         self.bad_lines += [f"a secret: {each}" for each in list(SECRETS) if each in text]
         for line in map(json.loads, lines):
@@ -121,12 +134,16 @@ class Soak:
                 self.bad_lines.append(str(line))
 
     def holdings(self) -> Counter[str]:
-        """Count the service's tasks, connections and other files."""
+        """Count the replicas' tasks, connections and other files."""
         # A probe of Redis or a request that is ending makes a brief difference.
-        tasks = mode(int(self.service.metric("event_loop_tasks")) for _ in range(9))
-        files = self._process.num_fds()
+        tasks = sum(
+            mode(int(replica.metric("event_loop_tasks")) for _ in range(9))
+            for replica in self._replicas
+        )
+        files = sum(each.num_fds() for each in self._processes)
         peers = {self._redis.port: "of Redis", self._groq.port: "of Groq"}
-        connections = [x for x in self._process.net_connections("tcp") if x.raddr]
+        found = [each.net_connections("tcp") for each in self._processes]
+        connections = [x for x in chain(*found) if x.raddr]
         ends = Counter(peers.get(each.raddr.port, "of callers") for each in connections)
         return Counter({"tasks": tasks, "files": files - len(connections), **ends})
 
@@ -137,18 +154,19 @@ class Soak:
             self.read_requests()
             return not self._unfinished and self.service.metric("chat_replies_active") == 0
 
-        limits = Counter({**before, "of Redis": REDIS_CONNECTIONS, "of Groq": 0})
+        limits = Counter({**before, "of Redis": 2 * REDIS_CONNECTIONS, "of Groq": 0})
         if not comes(is_idle):
             return [f"replies are still running, {len(self._unfinished)} of them at Groq"]
         if not comes(lambda: self.holdings() <= limits):
             return [f"{self.holdings()}; the limits are {limits}"]
-        return []
+        with self._redis.client() as redis:
+            return [f"{key} stays in Redis" for key in redis.scan_iter() if redis.ttl(key) == -1]
 
     def not_recovered(self) -> list[str]:
         """Return what is back and still not used."""
         service = self.service
         recoveries = {
-            "Redis": lambda: service.metric("redis_up") == 1,
+            "Redis": lambda: all(each.metric("redis_up") == 1 for each in self._replicas),
             "Groq": lambda: (
                 service.chat("hello").is_success and not service.metric("groq_circuit_state")
             ),
@@ -177,8 +195,8 @@ def soak(seconds: float, callers: int, seed: int) -> bool:
         found = {
             "every reply ended in the right way": seen.wrong,
             "all has been tried": checks.untried(seen),
-            "no task, connection or file is left over": run.left_over(before),
-            "the metrics add up": checks.miscounted(service, seen, run.arrived),
+            "no task, connection, file or key is left over": run.left_over(before),
+            "the metrics add up": checks.miscounted(service, run.other, seen, run.arrived),
             "conversations are whole": checks.broken_conversations(service, run.callers, most),
             "Redis and Groq are used again": run.not_recovered(),
         }
@@ -200,10 +218,12 @@ def table(run: Soak, before: Counter[str]) -> str:
     rows = [["", *ends]]
     rows += [[x, *(str(run.seen.ends[x, end]) for end in ends)] for x in TRANSPORTS]
     memory = ", ".join(f"{each / 2**20:.1f}" for each in checks.memory_by_quarters(run.memory))
+    resumed = {" ".join(key): count for key, count in run.seen.resumed.items()}
     faults = ", ".join(f"{name} {run.seen.faults[name]}" for name in FAULTS)
     return "\n".join(
         [
             *("".join(cell.rjust(11) for cell in row) for row in rows),
+            f"came back: {resumed}",
             f"Groq's faults: {faults}; {run.outages} outages",
             f"Redis hung, was killed and was restarted: {run.restarts} times",
             f"median memory of each quarter: {memory} MiB",

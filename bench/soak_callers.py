@@ -8,6 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+from uuid import uuid4
 
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
@@ -25,6 +28,12 @@ SHARED_QUESTIONS = 100
 # Longer than what `keep_secret` keeps of a text, so that one secret covers all questions.
 QUESTION = "a question that no line of the log may show:"
 BEGINNING = "You said:"
+# Ids of replies begin with it, so that for them, too, one secret is enough.
+REPLY = "the-reply-that-no-line-of-a-log-may-show"
+POSITION = re.compile(rb"^id: (\d+)\n\n", re.MULTILINE)
+ENDED = re.compile(rb"(data: \[DONE\]|event: error\ndata: .*)\nid: \d+\n\n$")
+LOST = re.compile(rb"event: error\ndata: .*\n\n$")  # without an id, it does not end the reply
+RECOVERY = 2.0  # seconds until the service notices that Redis is back, at most
 DOWN = r"is down; try again in \d+ s"  # the service's error while its circuit breaker is open
 
 
@@ -59,6 +68,7 @@ class Chat:
     fault: str | None = None
     patience: float | None = None  # seconds until the caller vanishes
     cancel_at: int | None = None  # tokens until the caller cancels
+    is_kept: bool = False  # the caller breaks off and comes back
 
     @property
     def echo(self) -> str:
@@ -87,6 +97,8 @@ class Seen:
     vanished_from_fault: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)  # faults whose error a caller received
     wrong: list[str] = field(default_factory=list)
+    resumed: Counter[tuple[str, str]] = field(default_factory=Counter)  # by result and replica
+    redis_down_until: float = -inf
 
     def total(self, end: str) -> int:
         return sum(self.ends[transport, end] for transport in TRANSPORTS)
@@ -136,15 +148,19 @@ class Caller:
     vanishing_share = 0.2
     cancelling_share = 0.2
     conversation_share = 0.5
+    kept_share = 0.5  # of the event streams
     longest_thought = 2.0  # seconds between two questions, at most
 
-    def __init__(self, number: int, seed: int, http: httpx.AsyncClient, seen: Seen) -> None:
+    def __init__(
+        self, number: int, seed: int, http: httpx.AsyncClient, seen: Seen, other: str = ""
+    ) -> None:
         self.conversation = f"the-conversation-of-caller-{number}"
         self.acknowledged: list[tuple[str, str]] = []  # exchanges that must be stored
         self.possible: list[tuple[str, str]] = []  # those whose end the caller does not know
         self._number = number
         self._chance = random.Random(f"{seed} {number}")
         self._http = http
+        self._urls = {"here": "", "elsewhere": other}
         self._seen = seen
         self._asked = 0
         self._socket: ClientConnection | None = None
@@ -200,6 +216,7 @@ class Caller:
             fault,
             patience=chance.uniform(0.001, LONGEST_PATIENCE) if vanishes else None,
             cancel_at=chance.randrange(MOST_WORDS) if cancels and not vanishes else None,
+            is_kept=transport == "sse" and chance.random() < self.kept_share,
         )
 
     def _content(self, conversation: str | None, fault: str | None) -> str:
@@ -213,15 +230,52 @@ class Caller:
 
     async def _over_http(self, chat: Chat, received: Received) -> None:
         asked = body(chat.content, chat.conversation, stream=chat.transport == "sse")
-        async with self._http.stream("POST", "/chat", json=asked) as answer:
-            received.status, received.headers = answer.status_code, answer.headers
-            whole = await answer.aread()
-        if answer.status_code == 503 and "retry-after" not in answer.headers:
+        if chat.is_kept:
+            asked["reply"] = f"{REPLY}{uuid4().hex[:24]}"
+            whole = await self._in_parts(asked, received)
+        else:
+            async with self._http.stream("POST", "/chat", json=asked) as answer:
+                received.status, received.headers = answer.status_code, answer.headers
+                whole = await answer.aread()
+        if received.status == 503 and "retry-after" not in received.headers:
             raise WrongEnd
-        if chat.transport == "sse" and answer.status_code == 200:
+        if chat.transport == "sse" and received.status == 200:
             return take_stream(whole, received)
         message = json.loads(whole)
         received.text, received.error = message.get("response", ""), message.get("error")
+
+    async def _in_parts(self, asked: dict[str, Any], received: Received) -> bytes:
+        """Break off again and again, and read on at either replica, up to the end of the reply."""
+        stream, place = b"", "here"
+        while not ENDED.search(stream):
+            self._seen.resumed["asked", place] += stream != b""
+            position = [b"0", *POSITION.findall(stream)][-1].decode()
+            part = await self._part(place, position, asked, received)
+            if not stream and received.status != 200:
+                return part  # it has never begun
+            self._seen.resumed["answered", place] += stream != b"" and received.status == 200
+            is_lost = received.status != 200 or LOST.search(part)
+            if is_lost and received.began_at > self._seen.redis_down_until + RECOVERY:
+                raise WrongEnd(f"{place}, from {position}: {part.decode()}")
+            stream += LOST.sub(b"", part) if received.status == 200 else b""
+            place = "here" if is_lost else self._chance.choice(tuple(self._urls))
+        return stream
+
+    async def _part(
+        self, place: str, position: str, asked: dict[str, Any], received: Received
+    ) -> bytes:
+        """Return whole events, up to a random one, or the body of an error."""
+        part, most = b"", self._chance.randint(1, MOST_WORDS)
+        url, after = f"{self._urls[place]}/chat", {"last-event-id": position}
+        async with self._http.stream("POST", url, json=asked, headers=after) as answer:
+            received.status, received.headers = answer.status_code, answer.headers
+            async for piece in answer.aiter_bytes():
+                part += piece
+                if part.count(b"\n\n") >= most:
+                    return part[: part.rfind(b"\n\n") + 2]
+        if received.status == 200 and not (ENDED.search(part) or LOST.search(part)):
+            raise WrongEnd(f"{place}, from {position}: {part.decode()}")
+        return part
 
     async def _over_websocket(self, chat: Chat, received: Received) -> None:
         if self._socket is None:

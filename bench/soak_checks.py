@@ -17,12 +17,15 @@ def untried(seen: Seen) -> Problems:
     """Name what has never happened."""
     ends = {(transport, end) for transport in TRANSPORTS for end in ("completed", "vanished")}
     never = {*ends, ("websocket", "cancelled")} - seen.ends.keys()
+    never |= {("answered", "here"), ("answered", "elsewhere")} - (+seen.resumed).keys()
     return [*map(" ".join, never), *(FAULTS.keys() - seen.faults.keys())]
 
 
-def miscounted(service: servers.Caller, seen: Seen, arrived: int) -> Problems:
+def miscounted(
+    service: servers.Caller, other: servers.Caller, seen: Seen, arrived: int
+) -> Problems:
     """Compare the metrics with what the callers have seen and what has reached Groq."""
-    figures = [*_groq_figures(service, seen, arrived)]
+    figures = [*_groq_figures(service, seen, arrived), *_resuming_figures(service, other, seen)]
     figures += [figure for each in TRANSPORTS for figure in _figures_of(each, service, seen)]
     return [
         f"{what}: {counted:g}, expected {least:g} to {most:g}"
@@ -70,6 +73,18 @@ def _groq_figures(service: servers.Caller, seen: Seen, arrived: int) -> Iterator
     yield "Groq: not asked", refused, seen.total("refused"), seen.total("refused") + vanished
     resent = seen.faults["hung up"]  # at most, on a new connection if it was a pooled one
     yield "Groq: arrived", arrived, completed + failed, asked + resent
+
+
+def _resuming_figures(
+    service: servers.Caller, other: servers.Caller, seen: Seen
+) -> Iterator[Figure]:
+    """Yield those of resuming, which never begins a reply, and counts when it has found one."""
+    yield "elsewhere: requests", other.metric("chat_requests_total"), 0, 0
+    yield "unattended", service.metric("chat_replies_unattended"), 0, 0
+    for replica, place in ((service, "here"), (other, "elsewhere")):
+        found = replica.metric("chat_resumes_total", result=place)
+        least, most = (seen.resumed[result, place] for result in ("answered", "asked"))
+        yield f"{place}: resumes", found, least, most
 
 
 def broken_conversations(

@@ -22,6 +22,7 @@ RELAY_CORE, LOAD_CORE = CORES[0], CORES[-1]
 LOAD_LIMIT = 120.0  # seconds after which a load is taken to be stuck
 DIRECT = frozenset({"flood", "json", "first token"})
 NAIVE = DIRECT | {"paced"}
+KEPT = "service, kept"
 ALL = NAIVE | {"json-history", "ws-flood", "ws-paced"}
 
 
@@ -34,6 +35,7 @@ class Target:
     process: psutil.Process
     host: str = "127.0.0.1"
     workloads: frozenset[str] = ALL  # those in which it takes turns with the others
+    is_kept: bool = False  # every reply could be resumed
 
     def cpu_seconds(self) -> float:
         times = self.process.cpu_times()
@@ -44,7 +46,8 @@ class Target:
         """Start a load; `order` has the other fields of `bench.load.Order`."""
         if self.name == "direct":
             mode = "direct" if mode == "sse" else "direct-json"
-        full = json.dumps({"mode": mode, "host": self.host, "port": self.port, **order})
+        where = {"host": self.host, "port": self.port, "is_kept": self.is_kept}
+        full = json.dumps({"mode": mode, **where, **order})
         load = start(["-m", "bench.load", full], LOAD_CORE)
         try:
             yield load
@@ -110,6 +113,12 @@ class Targets:
         if name not in self._directories:
             self._directories[name] = self._checked_out(name)
         return self._serve(name, ["server.py"], RELAY_CORE, self._directories[name], **settings)
+
+    def keeping_service(self) -> Target:
+        """Start the service for replies that could be resumed; those that it holds cost it time."""
+        target = self.service()
+        target.name, target.workloads, target.is_kept = KEPT, frozenset({"flood", "paced"}), True
+        return target
 
     def tls_service(self) -> Target:
         """Start the service in front of a stand-in that speaks TLS."""

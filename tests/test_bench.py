@@ -13,6 +13,7 @@ from tests.servers import ROOT, output_of
 # Workloads that the naive relay cannot run.
 SERVICE = {"json-history", "ws-flood", "ws-paced", "idle", "growth", "lookups"}
 WORKLOADS = {"flood", "paced", "json", "first token", *SERVICE}
+RELAYS = {"naive", "service", "service, kept"}
 
 
 def run(directory: Path, *options: str) -> tuple[str, dict[str, Any]]:
@@ -28,7 +29,9 @@ def test_the_benchmark_measures_every_workload_and_draws_a_plot(tmp_path: Path) 
     figures = results["figures"]
     assert set(figures) == WORKLOADS
     assert {workload for workload in WORKLOADS if "naive" not in figures[workload]} == SERVICE
-    assert {"direct", "naive", "service", "service over TLS"} == set(figures["flood"])
+    assert {*RELAYS, "direct", "service over TLS"} == set(figures["flood"])
+    assert set(figures["paced"]) == RELAYS
+    assert "flood, kept / not kept" in printed
     assert "| ws-flood" in printed
     assert "<svg" in (tmp_path / "results.svg").read_text()
 
