@@ -1,5 +1,6 @@
 """A real browser, Debian's Chromium, with the chat page open."""
 
+import json
 import os
 import re
 import shutil
@@ -105,8 +106,8 @@ class Chat:
 
     @property
     def conversation(self) -> str:
-        stored: str = self.page.evaluate("sessionStorage.getItem('conversation')")
-        return stored
+        stored = self.page.evaluate("sessionStorage.getItem('conversation')")
+        return str(json.loads(stored)["id"])
 
 
 def begin_reply(chat: Chat, groq: FakeGroq) -> None:

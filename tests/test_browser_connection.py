@@ -4,10 +4,11 @@ import signal
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
-from tests.browser import Chat, begin_reply, browser, chat, needs_browser
-from tests.fake_groq import FakeGroq
+from tests.browser import Chat, begin_reply, browser, chat, needs_browser, open_chat
+from tests.conftest import StartService
+from tests.fake_groq import FakeGroq, Script
 from tests.servers import Service
 
 __all__ = ["browser", "chat"]
@@ -34,9 +35,9 @@ def test_a_reply_cut_by_a_lost_connection_can_be_continued_or_tried_again(
     begin_reply(chat, groq)
     service.process.kill()
     service.process.end()
+    service.start()  # which knows nothing of the reply
     expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
     expect(chat.replies.last).to_have_text("a")
-    service.start()
     groq.release()
     chat.page.get_by_role("button", name="Go on").click()
     expect(chat.finished).to_have_count(1)
@@ -57,15 +58,56 @@ def test_stop_does_not_wait_for_a_service_that_hangs(
     assert groq.requests[-1].contents == ["slow", "a", "next"]
 
 
-def test_a_connection_that_is_silent_for_a_minute_counts_as_lost(
-    service: Service, chat: Chat, groq: FakeGroq
+@pytest.mark.parametrize("sign", ["silence", "online", "visibilitychange"])
+def test_a_connection_that_may_be_dead_is_replaced_by_another(
+    chat: Chat, groq: FakeGroq, sign: str
 ) -> None:
     chat.page.clock.install()
     begin_reply(chat, groq)
-    service.process.send_signal(signal.SIGSTOP)
-    chat.page.clock.fast_forward("01:01")
-    expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
-    service.process.send_signal(signal.SIGCONT)
+    with chat.page.expect_request("**/replies/*?after=1"):
+        chat.page.clock.fast_forward("01:01" if sign == "silence" else "00:02")
+        chat.page.evaluate(f"document.dispatchEvent(new Event('{sign}', {{bubbles: true}}))")
+    groq.release()
+    expect(chat.replies.last).to_have_text("ab")
+    expect(chat.status).to_have_text("Reply: ab")
+    assert len(groq.asked("slow")) == 1
+
+
+# Gives the test a hand on the connection, which the browser closes.
+BREAKABLE = """() => { const whole = fetch; window.fetch = (address, request) => whole(address, {
+  ...request, signal: AbortSignal.any([request.signal, (window.cut = new AbortController()).signal])
+}); }"""
+
+
+def test_a_reply_is_read_on_after_each_break_without_a_gap_or_a_repeated_token(
+    chat: Chat, groq: FakeGroq
+) -> None:
+    words = [f"{number} 😀 " for number in range(200)]
+    groq.on("long", Script(words, interval=0.02, hold_before_token=190))
+    chat.page.evaluate(BREAKABLE)
+    chat.say("long")
+    for word in words[::60]:
+        expect(chat.replies.last).to_contain_text(word)
+        with chat.page.expect_event("requestfailed", lambda each: "/replies/" in each.url):
+            chat.page.context.set_offline(True)
+            chat.page.evaluate("cut.abort()")
+        chat.page.context.set_offline(False)
+    groq.release()
+    expect(chat.finished).to_have_count(1)
+    expect(chat.replies.last).to_have_text("".join(words))
+    assert len(groq.asked("long")) == 1
+
+
+def test_without_resuming_a_break_is_an_error_at_once(
+    browser: Browser, start_service: StartService, groq: FakeGroq
+) -> None:
+    with open_chat(browser, start_service(RESUME_TIMEOUT=0)) as chat:
+        begin_reply(chat, groq)
+        chat.page.evaluate("window.dispatchEvent(new Event('online'))")  # it is left alone
+        chat.page.reload()
+        expect(chat.log.get_by_text("The connection was lost.")).to_be_visible()
+        expect(chat.replies.last).to_have_text("a")
+        assert groq.asked("slow")[-1].is_closed_soon()
 
 
 ANSWERS: list[tuple[dict[str, Any], str]] = [

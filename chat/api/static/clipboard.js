@@ -2,21 +2,14 @@
 
 /** Copy the text, and let the button and the screen reader say so for a moment. */
 export async function copyFor(button, text, announce) {
-  const words = (await copy(text)) ? "Copied" : "Not copied";
+  const write = async () => navigator.clipboard.writeText(text);
+  const isCopied = await write().then(() => true).catch(() => copyThroughSelection(text));
+  const words = isCopied ? "Copied" : "Not copied";
   announce(words);
   const label = button.querySelector(".label") ?? button;
   label.textContent = words;
   clearTimeout(button.restoring);
   button.restoring = setTimeout(() => (label.textContent = "Copy"), 2000);
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return copyThroughSelection(text);
-  }
 }
 
 function copyThroughSelection(text) {

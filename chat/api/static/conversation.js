@@ -3,34 +3,33 @@
 
 import { readReply } from "./reply.js";
 
-const ID_BYTES = 24;
+const STORED = "conversation";
 /** What is sent: as many exchanges as the service remembers, and less than the 256 KiB that it takes;
  * both as it comes. Older ones stay here. */
 const EXCHANGES = 20;
 const ROOM = 240_000;
 
 export class Conversation {
-  #id = fromStore("conversation");
   /** Oldest first; their state is waiting, streaming, done, stopped or failed. */
-  exchanges = JSON.parse(fromStore("exchanges") ?? "[]");
+  exchanges = [];
+  id = null;
+
+  constructor() {
+    Object.assign(this, ifPossible(() => JSON.parse(sessionStorage.getItem(STORED))));
+  }
 
   /** Forget everything; the next question begins a new conversation. */
   clear() {
-    this.#id = null;
-    this.exchanges = [];
+    Object.assign(this, { exchanges: [], id: null });
     this.save();
   }
 
-  /** Remove an exchange that is going to be asked again, or otherwise. */
-  remove(exchange) {
-    this.exchanges = this.exchanges.filter((each) => each !== exchange);
-  }
-
-  /** Put a question at the end of the conversation; return its exchange. */
-  add(question) {
-    const asked = { id: randomId(), question, reply: "", position: "", state: "waiting" };
-    this.exchanges.push({ ...asked, error: "", truncated: "" });
-    return this.exchanges.at(-1);
+  /** Put a question at the end, in place of one before that is asked again, or otherwise; return
+   * its exchange. */
+  add(question, before) {
+    const exchange = { id: randomId(), question, reply: "", position: "", state: "waiting" };
+    this.exchanges = [...this.exchanges.filter((each) => each !== before), exchange];
+    return exchange;
   }
 
   /** Ask for the reply to an exchange, or read on where a reload has cut it off, and tell whenever it
@@ -54,8 +53,8 @@ export class Conversation {
    * would be added to what an attempt before may have left there, unless it has an id of its own. */
   #bodyFor({ id, question }) {
     const messages = withinRoom([...this.#transcript(), { role: "user", content: question }]);
-    if (messages.every(({ role }) => role === "user")) this.#id = randomId();
-    return JSON.stringify({ messages, conversation: this.#id, reply: id, stream: true });
+    if (messages.every(({ role }) => role === "user")) this.id = randomId();
+    return JSON.stringify({ messages, conversation: this.id, reply: id, stream: true });
   }
 
   /** What the user has seen; a question that failed at once may be one that no model takes. */
@@ -71,8 +70,8 @@ export class Conversation {
 
   /** Keep everything for a reload, with the position in a reply that is running. */
   save() {
-    store("conversation", this.#id);
-    store("exchanges", JSON.stringify(this.exchanges));
+    ifPossible(() => sessionStorage.removeItem(STORED)); // what is there may be all that has room
+    ifPossible(() => sessionStorage.setItem(STORED, JSON.stringify(this)));
   }
 }
 
@@ -87,19 +86,7 @@ function withinRoom(messages) {
 }
 
 /** crypto.randomUUID needs https, which a service on a private network may not have. */
-function randomId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(ID_BYTES));
-  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_");
-}
-
-function fromStore(name) {
-  return ifPossible(() => sessionStorage.getItem(name));
-}
-
-function store(name, value) {
-  ifPossible(() => sessionStorage.removeItem(name));
-  if (value !== null) ifPossible(() => sessionStorage.setItem(name, value));
-}
+const randomId = () => crypto.getRandomValues(new Uint8Array(32)).map((byte) => byte % 10).join("");
 
 /** The browser may deny it, or it may be full: then the conversation lasts until a reload. */
 function ifPossible(action) {

@@ -29,6 +29,4 @@ function patchText(node, text) {
   else node.data = text;
 }
 
-function isText(node) {
-  return node.nodeType === Node.TEXT_NODE;
-}
+const isText = (node) => node.nodeType === Node.TEXT_NODE;

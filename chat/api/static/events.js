@@ -2,7 +2,6 @@
 
 /** Milliseconds without a word, not even a keep-alive, after which a connection is taken for dead. */
 const SILENCE = 60_000;
-const UNREACHABLE = "The service cannot be reached.";
 export const LOST = "The connection was lost.";
 
 /** Ask, as `fetch` does, and give the events of the answer, each `{event, data, id}`. An error is
@@ -19,20 +18,20 @@ export async function* eventsOf(address, request) {
     return heard;
   };
   try {
-    const answer = await hear(fetch(address, { ...request, signal }), UNREACHABLE);
-    if (!answer.ok) throw new Error(await hear(errorIn(answer), LOST), { cause: answer.status });
+    const asked = fetch(address, { ...request, signal });
+    const answer = await hear(asked, "The service cannot be reached.");
+    if (!answer.ok) {
+      // Something in between may answer in the service's place, and with what is no JSON.
+      const { error } = await hear(answer.json().catch(() => ({})), LOST);
+      const message = error ?? `The service answered with the status ${answer.status}.`;
+      throw new Error(message, { cause: answer.status });
+    }
     if (answer.status === 204) return yield { data: "[DONE]" }; // which was read before
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     yield* parsed(() => hear(reader.read(), LOST));
   } finally {
     silence.abort();
   }
-}
-
-/** Something in between may answer in the service's place, and with what is no JSON. */
-async function errorIn(answer) {
-  const said = await answer.json().catch(() => null);
-  return said?.error ?? `The service answered with the status ${answer.status}.`;
 }
 
 async function* parsed(read) {

@@ -16,63 +16,50 @@ export class ExchangeView {
     this.exchange = exchange;
     this.question = copyOf("question");
     this.reply = copyOf("reply");
+    this.elements = [this.question, this.reply];
     this.question.querySelector(".bubble").textContent = exchange.question;
     this.#markdown = new MarkdownView(this.#part(".text"));
     this.update();
-  }
-
-  get elements() {
-    return [this.question, this.reply];
-  }
-
-  /** The reply as it is read, without the marks of its Markdown. */
-  get shownReply() {
-    return this.#part(".text").innerText;
   }
 
   get isRunning() {
     return ["waiting", "streaming"].includes(this.exchange.state);
   }
 
-  get #isUnfinished() {
-    return this.exchange.state !== "done" || this.exchange.truncated !== "";
-  }
-
   /** Show what has changed: the end at once, and more text when the screen is ready for it. */
   update() {
     if (this.reply.dataset.state !== this.exchange.state) this.#showState();
     if (!this.isRunning) this.#render();
-    else this.#frame ??= requestAnimationFrame((now) => this.#renderIfDue(now));
+    else
+      this.#frame ??= requestAnimationFrame((now) => {
+        this.#frame = null;
+        if (now - this.#renderedAt < REST * this.#cost) this.update();
+        else this.#render();
+      });
   }
 
   #showState() {
-    const { state, reply } = this.exchange;
+    const { state, reply, truncated } = this.exchange;
     this.reply.dataset.state = state;
     this.#part(".waiting").hidden = state !== "waiting";
     this.#part(".actions").hidden = this.isRunning || !reply;
     const note = noteOn(this.exchange);
     this.#part(".note").hidden = note === null;
-    if (note === null) return;
     this.#part(".note-text").textContent = note;
-    this.#part(".go-on").hidden = !canGoOn(this.exchange);
+    this.#part(".go-on").hidden = !reply || truncated === "content_filter";
     this.#part(".retry").hidden = state === "done" || (state === "stopped" && reply !== "");
-  }
-
-  #renderIfDue(now) {
-    this.#frame = null;
-    if (now - this.#renderedAt < REST * this.#cost) this.update();
-    else this.#render();
   }
 
   #render() {
     cancelAnimationFrame(this.#frame);
     this.#frame = null;
     const startedAt = performance.now();
+    const { state, reply, truncated } = this.exchange;
     try {
-      this.#markdown.show(this.exchange.reply, this.#isUnfinished);
+      this.#markdown.show(reply, state !== "done" || Boolean(truncated));
     } catch (error) {
       console.error(error); // a text that cannot be shown well must not stop the conversation
-      this.#part(".text").textContent = this.exchange.reply;
+      this.#part(".text").textContent = reply;
     }
     this.#renderedAt = performance.now();
     this.#cost = this.#renderedAt - startedAt;
@@ -83,20 +70,14 @@ export class ExchangeView {
   }
 }
 
-function copyOf(templateId) {
-  return document.getElementById(templateId).content.firstElementChild.cloneNode(true);
-}
-
-function canGoOn({ reply, truncated }) {
-  return reply !== "" && truncated !== "content_filter";
-}
+const copyOf = (templateId) =>
+  document.getElementById(templateId).content.firstElementChild.cloneNode(true);
 
 /** Return what is to be said under the reply, if anything. */
 function noteOn({ state, reply, error, truncated }) {
   if (state === "failed") return sentence(error);
-  if (state === "stopped") {
-    return reply ? "You stopped this reply." : "You stopped this before the reply began.";
-  }
+  if (state === "stopped" && !reply) return "You stopped this before the reply began.";
+  if (state === "stopped") return "You stopped this reply.";
   if (truncated === "content_filter") return "A content filter cut this reply off.";
   return truncated ? "This reply reached its length limit." : null;
 }

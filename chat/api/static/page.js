@@ -5,7 +5,6 @@ import { Conversation } from "./conversation.js";
 import { ExchangeView } from "./exchange.js";
 import { EndFollower } from "./scroll.js";
 
-const GO_ON = "Go on where you stopped.";
 /** A screen reader is read a reply up to here, and told of the rest. */
 const SPOKEN_CHARACTERS = 1000;
 /** Milliseconds that words for a screen reader stay: whoever reads on would meet them again. */
@@ -30,7 +29,7 @@ function ask(question, before = null) {
   if (running) return;
   stopEditing();
   if (before) remove(before);
-  follow(add(conversation.add(question)), true);
+  follow(add(conversation.add(question, before?.exchange)), true);
 }
 
 /** Show a reply while it comes. */
@@ -52,7 +51,6 @@ function add(exchange) {
 }
 
 function remove(view) {
-  conversation.remove(view.exchange);
   views = views.filter((each) => each !== view);
   for (const element of view.elements) element.remove();
 }
@@ -66,11 +64,12 @@ function settle(view) {
   end.update();
 }
 
-function spoken({ exchange, shownReply, reply }) {
+function spoken({ exchange, reply }) {
   const note = reply.querySelector(".note:not([hidden]) .note-text")?.textContent;
   if (exchange.state === "stopped") return "Stopped.";
   if (exchange.state === "failed") return `There was an error: ${note}`;
-  const text = note ? `${shownReply}\n${note}` : shownReply;
+  const shown = reply.querySelector(".text").innerText; // without the marks of its Markdown
+  const text = note ? `${shown}\n${note}` : shown;
   if (text.length <= SPOKEN_CHARACTERS) return `Reply: ${text}`;
   return `Reply: ${text.slice(0, SPOKEN_CHARACTERS)}… The whole reply is on the page.`;
 }
@@ -140,9 +139,8 @@ function fitField() {
 /** On a touch screen Enter begins a new line: there is no Shift to hold, but a button beside it. */
 const isTouched = window.matchMedia("(hover: none) and (pointer: coarse)");
 
-function isComposing({ isComposing, keyCode }) {
-  return isComposing || keyCode === 229; // all that some browsers say of a composition's last key
-}
+/** 229 is all that some browsers say of a composition's last key. */
+const isComposing = ({ isComposing, keyCode }) => isComposing || keyCode === 229;
 
 function pressed(event) {
   if (isComposing(event)) return;
@@ -161,7 +159,7 @@ const ACTIONS = {
     copyFor(button, button.closest(".code").querySelector("pre").textContent, announce),
   "copy-reply": ({ exchange }, button) => copyFor(button, exchange.reply, announce),
   retry: (view) => ask(view.exchange.question, view),
-  "go-on": () => ask(GO_ON),
+  "go-on": () => ask("Go on where you stopped."),
   edit,
 };
 
@@ -190,8 +188,7 @@ byId("welcome").addEventListener("click", ({ target }) => {
   ask(target.textContent.trim());
   field.focus();
 });
-/** Nothing may run after either; the service keeps a reply for a while. */
-window.addEventListener("pagehide", () => conversation.save());
+/** Nothing may run after the page was hidden; the service keeps its reply for a while. */
 document.addEventListener("visibilitychange", () => conversation.save());
 
 byId("welcome").hidden = conversation.exchanges.length > 0;

@@ -14,7 +14,6 @@ parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 const DEEPEST = 25;
 /** A definition gives links an address, also those that stand before it. */
 const DEFINITION = /\[[^[\]]+\]:/;
-const BREAK_TAG = /<br *\/?>/i;
 const TASK = /^\[([ xX])\](?=\s)/;
 const SAFE_PROTOCOLS = ["http:", "https:", "mailto:"];
 const SIDES = { "text-align:right": "right", "text-align:center": "centred" };
@@ -36,18 +35,15 @@ export class MarkdownView {
 
   /** Show the text, of which more is to come if it is growing. */
   show(text, isGrowing = false) {
-    if (!text.startsWith(this.#text) || (!isGrowing && DEFINITION.test(text))) this.#forget();
+    if (!text.startsWith(this.#text) || (!isGrowing && DEFINITION.test(text))) {
+      [this.#sources, this.#finished, this.#start] = [[], 0, 0];
+    }
     this.#text = text;
     const rest = text.slice(this.#start);
     const tokens = parser.parse(rest, {});
     const whole = isGrowing ? completed(rest, tokens) : rest;
     const blocks = blocksOf(whole === rest ? tokens : parser.parse(whole, {}));
     this.#showBlocks(blocks, whole.split("\n"), isGrowing);
-  }
-
-  #forget() {
-    this.#sources = [];
-    this.#finished = this.#start = 0;
   }
 
   #showBlocks(blocks, lines, isGrowing) {
@@ -103,7 +99,7 @@ const NODES = {
   any: ({ tag }) => element(tag),
   inline: ({ children }) => fragmentOf(children),
   text: ({ content }) => {
-    const [first, ...others] = content.split(BREAK_TAG);
+    const [first, ...others] = content.split(/<br *\/?>/i);
     return fragment([first, ...others.flatMap((part) => [element("br"), part])]);
   },
   code_inline: ({ content }) => element("code", {}, content),
@@ -112,10 +108,7 @@ const NODES = {
     const level = Number(tag.slice(1)); // below the page's own two
     return element("h3", { class: `level-${level}`, "aria-level": Math.min(6, level + 2) });
   },
-  ordered_list_open: (token) => {
-    const start = token.attrGet("start");
-    return element("ol", start === null ? {} : { start });
-  },
+  ordered_list_open: ({ attrs }) => element("ol", Object.fromEntries(attrs ?? [])), // its start
   fence: ({ content, info }) => codeBlock(content, info.trim().split(/\s/)[0]),
   code_block: ({ content }) => codeBlock(content, ""),
   table_open: () => {

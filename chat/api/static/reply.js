@@ -2,13 +2,11 @@
 
 import { eventsOf, LOST } from "./events.js";
 
-/** Milliseconds for which a reply in this state is looked for once its connection has broken. */
-const PATIENCE = { waiting: 10_000, streaming: 120_000 };
-const [FIRST_PAUSE, LONGEST_PAUSE] = [500, 5_000];
-/** Milliseconds without an event after which a connection is not trusted that was out of sight. */
-const QUIET = 1_000;
+/** Milliseconds to try in once a connection has broken, before the first token and later. */
+const [PATIENCE_AT_FIRST, PATIENCE] = [10_000, 120_000];
+const [FIRST_PAUSE, LONGEST_PAUSE, QUIET] = [500, 5_000, 1_000];
 
-/** What to do at once when the network or the reader is back. */
+/** What to do when the network or the reader is back: a connection that is quiet may be dead. */
 let wake = () => {};
 window.addEventListener("online", () => wake());
 document.addEventListener("visibilitychange", () => document.hidden || wake());
@@ -19,56 +17,55 @@ export async function readReply(exchange, asked, signal, onChange) {
   const address = `replies/${exchange.id}`;
   const cancel = () => fetch(address, { method: "DELETE", keepalive: true }).catch(() => {});
   signal.addEventListener("abort", cancel);
-  let [heardAt, failure] = [Date.now(), asked ? null : failureOf(exchange, new Error(LOST))];
-  const hear = () => {
-    [heardAt, failure] = [Date.now(), null];
-    onChange();
-  };
+  let failure = asked ? null : failureOf(exchange, new Error(LOST));
   for (let first = asked; ; first = null) {
+    const [where, request] = first || [`${address}?after=${exchange.position}`];
     const cut = new AbortController();
-    const isQuiet = () => exchange.position && Date.now() - heardAt > QUIET;
-    wake = () => isQuiet() && cut.abort(new Error(LOST, { cause: 0 }));
-    const [where, request] = first ?? [`${address}?after=${exchange.position}`];
-    const events = eventsOf(where, { ...request, signal: AbortSignal.any([signal, cut.signal]) });
-    const error = await take(events, exchange, hear).catch((error) => error);
-    if (!error) return;
-    failure ??= failureOf(exchange, error);
-    if (error.cause === undefined) throw error;
-    const isLost = error.cause > 0 && (first || error.cause < 500);
-    if (isLost || Date.now() > failure.until) throw failure.error;
-    if (!cut.signal.aborted) await rest(failure, signal);
-  }
-}
-
-/** What broke the connection, or kept it from coming about, and how long that may last. */
-function failureOf({ state, reply, position }, error) {
-  const isKept = position || !reply; // unless the service gives no positions
-  return { error, until: isKept ? Date.now() + PATIENCE[state] : 0, pause: FIRST_PAUSE };
-}
-
-async function rest(failure, signal) {
-  await new Promise((resolve) => {
-    wake = resolve;
-    signal.addEventListener("abort", resolve);
-    setTimeout(resolve, failure.pause);
-  });
-  failure.pause = Math.min(2 * failure.pause, LONGEST_PAUSE);
-}
-
-/** Add what comes to the exchange. An error that ends the reply has a position as any other event;
- * one that has none is about this connection: its reply is gone, or another reads it. */
-async function take(events, exchange, hear) {
-  for await (const { event, data, id } of events) {
-    const position = id || exchange.position;
-    if (event === "error") {
-      const isOver = !position || position !== exchange.position;
-      throw new Error(isOver ? JSON.parse(data).error : LOST);
+    const either = AbortSignal.any([signal, cut.signal]);
+    try {
+      return await read(eventsOf(where, { ...request, signal: either }), exchange, cut, onChange);
+    } catch (error) {
+      if (failure?.position !== exchange.position) failure = failureOf(exchange, error);
+      if (error.cause === undefined) throw error;
+      const isFinal = error.cause > 0 && (first || error.cause < 500);
+      if (isFinal || Date.now() > failure.until) throw failure.error;
     }
-    if (data === "[DONE]") return;
-    if (event === "truncated") exchange.truncated = JSON.parse(data).reason;
-    else exchange.reply += data;
-    Object.assign(exchange, { position, state: "streaming" });
-    hear();
+    wake = () => cut.abort();
+    if (!either.aborted) await rest(failure.pause, either);
+    failure.pause = Math.min(2 * failure.pause, LONGEST_PAUSE);
   }
-  throw new Error(LOST, { cause: 0 });
 }
+
+async function read(events, exchange, cut, onChange) {
+  let heardAt = Date.now();
+  const lost = new Error(LOST, { cause: 0 });
+  wake = () => exchange.position && Date.now() - heardAt > QUIET && cut.abort(lost);
+  for await (const event of events) {
+    if (event.data === "[DONE]") return;
+    add(event, exchange);
+    heardAt = Date.now();
+    onChange();
+  }
+  throw lost;
+}
+
+/** An error that ends a reply has a position, as all that is in it; one that has none is about this
+ * connection: the reply is gone, or another connection reads it. */
+function add({ event, data, id }, exchange) {
+  const isOver = !exchange.position || ![exchange.position, ""].includes(id);
+  if (event === "error") throw new Error(isOver ? JSON.parse(data).error : LOST);
+  if (event === "truncated") exchange.truncated = JSON.parse(data).reason;
+  else exchange.reply += data;
+  Object.assign(exchange, { position: id || exchange.position, state: "streaming" });
+}
+
+function failureOf({ position }, error) {
+  const patience = position ? PATIENCE : PATIENCE_AT_FIRST;
+  return { position, error, until: Date.now() + patience, pause: FIRST_PAUSE };
+}
+
+const rest = (milliseconds, signal) =>
+  new Promise((resolve) => {
+    signal.addEventListener("abort", resolve);
+    setTimeout(resolve, milliseconds);
+  });

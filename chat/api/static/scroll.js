@@ -33,11 +33,10 @@ export class EndFollower {
   #scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
     const distance = scrollHeight - scrollTop - clientHeight;
-    const isDownward = scrollTop > this.#lastTop;
-    const isUpward = scrollTop < this.#lastTop;
+    const moved = scrollTop - this.#lastTop;
     // Content that shrinks moves the reader up as well, but leaves them at the very end.
-    if (distance < 2 || (isDownward && distance < NEAR)) this.#isFollowing = true;
-    else if (isUpward) this.#isFollowing = false;
+    if (distance < 2 || (moved > 0 && distance < NEAR)) this.#isFollowing = true;
+    else if (moved < 0) this.#isFollowing = false;
     this.#lastTop = scrollTop;
     this.jump.hidden = this.#isFollowing;
   }

@@ -21,9 +21,7 @@ export function completed(text, tokens) {
   return tokens.at(-1)?.type === "paragraph_close" ? withTable(text) : text;
 }
 
-function isPartOfEnd(marks, fence) {
-  return marks !== "" && marks.length < fence.length && fence.startsWith(marks);
-}
+const isPartOfEnd = (marks, fence) => marks && marks !== fence && fence.startsWith(marks);
 
 /** Close the emphasis, strike-through and code that a line leaves open; a link waits for its end. */
 function withClosers(line) {
