@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,32 +45,34 @@ CORS["expose_headers"] = ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit
 
 
 async def chat(request: Request) -> Response:
-    state, scope, admit = request.app.state, request.scope, limits.admission(request)
-    received = await http.read_body(request, state.settings)
+    received = await http.read_body(request, request.app.state.settings)
     try:
         body = messages.parse_request(received)
     except errors.ChatError:
-        await admit()
+        await limits.admit(request)
         raise
-    is_stream = http.wants_stream(request, body)
-    reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
-    position = http.position(request) if body.reply else 0
-    source, answer = await state.replies.answer(body, reply, position, admit)
-    scope["chat.reply"] = source
-    if is_stream:
-        return sse.EventStream(answer, source, state.settings.keep_alive_interval)
-    return await http.json_reply(request, answer, source)
+    body.after = http.position(request) if body.reply else 0
+    return await answer(request, body)
 
 
 async def kept_reply(request: Request) -> Response:
-    state, scope, name = request.app.state, request.scope, request.path_params["id"]
+    name = request.path_params["id"]
     messages.check_id("reply", name)
     if request.method == "DELETE":
-        await state.replies.cancel(name)
+        await request.app.state.replies.cancel(name)
         return Response(status_code=204)
-    asked = http.position(request), limits.admission(request)
-    reading = scope["chat.reply"] = await state.replies.open(name, None, None, *asked)
-    return sse.EventStream(reading.tokens(), reading, state.settings.keep_alive_interval)
+    asked = messages.ChatRequest(reply=name, after=http.position(request), stream=True)
+    return await answer(request, asked)
+
+
+async def answer(request: Request, body: messages.ChatRequest) -> Response:
+    state, scope, is_stream = request.app.state, request.scope, http.wants_stream(request, body)
+    reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
+    source, tokens = await state.replies.answer(body, reply, partial(limits.admit, request))
+    scope["chat.reply"] = source
+    if is_stream:
+        return sse.EventStream(tokens, source, state.settings.keep_alive_interval)
+    return await http.json_reply(request, tokens, source)
 
 
 async def conversation(request: Request) -> Response:
@@ -125,12 +128,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
         state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
-        times = settings.reply_timeout + settings.resume_timeout, settings.resume_timeout
-        handover = Handover(state.redis if settings.resume_timeout else None, *times)
-        state.replies = Replies(state.service, settings, handover)
+        state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)
         state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
-        for background in (state.groq.check_models(), counts.share_forever()):
+        forever = state.groq.check_models(), counts.share_forever(), state.replies.serve()
+        for background in forever:
             await stack.enter_async_context(http.in_background(background))
         state.shutdown.handle_signals()
         loop = asyncio.get_running_loop()

@@ -1,46 +1,41 @@
-"""A reply that runs by itself, into a text that transports read from a position."""
+"""A reply that runs by itself, and what a transport reads of it: from here, or through Redis."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from itertools import accumulate
+from math import inf
 from sys import getsizeof
-
-import msgspec
+from typing import Any
+from uuid import uuid4
 
 from chat import errors, metrics
 from chat.reply import Reply
-from chat.storage.handover import Entry
+from chat.storage.handover import BEYOND, Entry, Handover
 
+READ_INTERVAL = 0.05  # seconds between two looks at a reply that runs elsewhere
+FOLLOW_INTERVAL = 2.0  # seconds between two letters, which tell the owner who reads
+SILENT_OWNER = 1.5  # seconds without a sign of life after which the owner is gone
+REDIS_PATIENCE = 10.0  # seconds to wait for Redis
 
-class End(msgspec.Struct):
-    """How a reply has ended."""
-
-    error: str = ""
-    truncated: str | None = None
-    is_cancelled: bool = False
-
-    def check(self, error: errors.ChatError | None = None) -> None:
-        """Raise `ChatError` unless the reply was completed."""
-        if self.is_cancelled:
-            raise errors.ReplyCancelled
-        if self.error:
-            raise error or errors.ReplyFailed(self.error)
+Leave = Callable[["KeptReply", object], None]
 
 
 class KeptReply:
     """Its text, how it has ended, and who reads it."""
 
     task: asyncio.Task[None]
-    end: End | None = None
+    end: Entry | None = None
     error: errors.ChatError | None = None
     reader: object = None  # the newest; a string if it is elsewhere
-    heard_at = 0.0  # when a reader elsewhere last wrote
     written: int | None = None  # up to where others can read it
-    expiry: asyncio.TimerHandle | None = None
-    waiting: asyncio.Future[None] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
         self.key, self.fingerprint, self.reply = key, fingerprint, reply
         self.tokens: list[str] = []
         self.length = self.readers = 0
+        self.changed = asyncio.Event()
 
     @property
     def size(self) -> int:
@@ -51,15 +46,31 @@ class KeptReply:
         self.length += sum(map(len, tokens))
         if self.reader is None:
             metrics.CHAT_UNATTENDED_TOKENS.inc(len(tokens))
-        self.wake()
+        self.changed.set()
 
-    def wake(self) -> None:
-        if self.waiting and not self.waiting.done():
-            self.waiting.set_result(None)
+    def set_end(self, kind: str, text: str = "") -> None:
+        self.end = Entry(self.length + 1, kind, text)
+
+    def attend(self, reader: object) -> None:
+        """Give it to a reader; the one before is told so."""
+        self.reader = reader
+        self.readers += 1
+        self.cancel_timer()
+        self.set_unattended(False)
+        self.changed.set()
+
+    def set_timer(self, delay: float, action: Callable[..., None], *arguments: object) -> None:
+        """Do something after a delay, unless a reader comes before."""
+        self.cancel_timer()
+        self._timer = asyncio.get_running_loop().call_later(delay, action, self, *arguments)
+
+    def cancel_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
 
     def set_unattended(self, is_unattended: bool) -> None:
-        if is_unattended != (self.reply.unattended_since is not None):
-            metrics.CHAT_REPLIES_UNATTENDED.inc(1 if is_unattended else -1)
+        was_unattended = self.reply.unattended_since is not None
+        metrics.CHAT_REPLIES_UNATTENDED.inc(is_unattended - was_unattended)
         now = asyncio.get_running_loop().time()
         self.reply.unattended_since = now if is_unattended else None
 
@@ -69,5 +80,152 @@ class KeptReply:
         if begin < self.length:
             entries.append(Entry(self.length, "text", "".join(self.tokens)[begin:]))
         if self.end and begin <= self.length:
-            entries.append(Entry(self.length + 1, "end", msgspec.json.encode(self.end).decode()))
+            entries.append(self.end)
         return entries
+
+
+class Reading:
+    """The tokens from a position on, in lists, and afterwards how the reply has ended."""
+
+    place, reader = "here", ""
+    end: Entry | None = None
+    truncated: str | None = None
+    is_after_cr = False  # the text before what comes next ends with a CR
+
+    def __init__(self, kept: KeptReply, after: int, leave: Leave) -> None:
+        _check(after, kept.length, has_ended=kept.end is not None)
+        self.after = self.position = after
+        self._kept, self._leave = kept, leave
+
+    def tokens(self) -> aclosing[AsyncGenerator[list[str], None]]:
+        """Give the tokens for as long as the context lasts; raise `ChatError` as the reply did."""
+        return aclosing(self._read())
+
+    def ends(self, tokens: Sequence[str]) -> list[int]:
+        """Return the position at the end of each token, and go there."""
+        _, *ends = accumulate(map(len, tokens), initial=self.position)
+        self.position = ends[-1]
+        return ends
+
+    async def cancel(self) -> None:
+        """End the reply for a client that asks for no more; return once Groq is stopped."""
+        self._kept.reply.cancel()
+        await asyncio.wait([self._kept.task])
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the log line of the request says."""
+        return self._kept.reply.summary() if self._kept.end else {"outcome": "detached"}
+
+    async def _read(self) -> AsyncGenerator[list[str], None]:
+        kept = self._kept
+        kept.attend(self)
+        try:
+            number, text = len(kept.tokens), "".join(kept.tokens)
+            self.is_after_cr = text[: self.after].endswith("\r")
+            if self.after < len(text):
+                yield [text[self.after :]]  # what was missed is one token
+            while kept.reader is self:
+                kept.changed.clear()
+                if some := kept.tokens[number:]:
+                    number += len(some)
+                    yield some
+                elif kept.error or kept.end:
+                    self.end, self.truncated = kept.end, kept.reply.truncated
+                    if kept.error:
+                        raise kept.error
+                    return
+                else:
+                    await kept.changed.wait()
+            raise errors.ReplyTakenOver
+        finally:
+            self._leave(kept, self)
+
+
+class Elsewhere(Reading):
+    """A reply that another replica runs."""
+
+    place = "elsewhere"
+
+    def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
+        self.after = self.position = self._fetched = after
+        self._handover, self._key, self._owner = handover, key, owner
+        self.reader, self._asked_at = uuid4().hex, -inf
+
+    async def cancel(self) -> None:
+        await self._handover.write_to(self._owner, f"cancel {self._key}")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while True:
+                    for _, kind, _ in await self._handover.read(self._key, self._fetched):
+                        if kind == "gone":
+                            raise errors.ReplyNotFound
+                        if kind != "text":
+                            return
+                    await asyncio.sleep(READ_INTERVAL)
+        raise errors.ReplyUnavailable
+
+    def summary(self) -> dict[str, Any]:
+        return {"outcome": "resumed" if self.end else "detached"}
+
+    async def _read(self) -> AsyncGenerator[list[str], None]:
+        time = asyncio.get_running_loop().time
+        heard_at = reached_at = time()
+        while self.end is None:
+            try:
+                for entry in await self._look(time()):
+                    if text := self._take(*entry):
+                        heard_at = time()
+                        yield [text]
+                reached_at = time()
+                if await self._handover.is_alive(self._owner):
+                    heard_at = time()
+            except errors.ReplyUnavailable:
+                heard_at = time()
+                if heard_at - reached_at > REDIS_PATIENCE:
+                    raise
+            if time() - heard_at > SILENT_OWNER and not self.end:
+                metrics.resumes["lost"].inc()
+                raise errors.ReplyNotFound
+            await asyncio.sleep(0 if self.end else READ_INTERVAL)
+        _, kind, text = self.end
+        if kind != "completed":
+            raise errors.ReplyCancelled if kind == "cancelled" else errors.ReplyFailed(text)
+        self.truncated = text
+
+    async def _look(self, now: float) -> list[Entry]:
+        """Return what may be new; tell the owner now and then who reads, and what they have."""
+        if now - self._asked_at >= FOLLOW_INTERVAL:
+            letter = f"follow {self._key} {self.reader} {self._fetched}"
+            await self._handover.write_to(self._owner, letter)
+            self._asked_at = now
+        if (reader := await self._handover.reader(self._key)) == BEYOND:
+            raise errors.BadPosition(self._fetched)
+        if reader not in (self.reader, ""):
+            raise errors.ReplyTakenOver
+        return await self._handover.read(self._key, self._fetched)
+
+    def _take(self, position: int, kind: str, text: str) -> str:
+        """Return what an entry adds to the text."""
+        begin, place = position - (len(text) if kind == "text" else 1), self._fetched
+        if kind == "gone":
+            raise errors.ReplyNotFound
+        if kind != "text":
+            _check(place, begin, has_ended=True)
+        is_second_half = 0 < begin == self.after and text.startswith("\n")  # of a CRLF, perhaps
+        if begin > place or (is_second_half and place == begin):
+            self._asked_at = -inf  # something is missing: the owner writes all of it
+        elif kind != "text":
+            self.end = Entry(position, kind, text)
+        elif position > place:
+            self._fetched = position
+            self.is_after_cr = text[: place - begin].endswith("\r")
+            return text[place - begin :]
+        return ""
+
+
+def _check(after: int, length: int, *, has_ended: bool) -> None:
+    """Raise `ChatError` unless a text has something to read at a position."""
+    if has_ended and after == length + 1:
+        raise errors.NothingLeft
+    if after > length:
+        raise errors.BadPosition(after)

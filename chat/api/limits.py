@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import IPv6Address, IPv6Network
 from math import ceil
@@ -55,16 +55,12 @@ class Allowance(NamedTuple):
             raise RateLimited(self.rate, wait, retry_after=wait)
 
 
-def admission(request: HTTPConnection) -> Callable[[], Awaitable[None]]:
-    """Return a function that takes a request out of its client's bucket, if there is a limit."""
-
-    async def admit() -> None:
-        if request.app.state.limiter:
-            allowance = await request.app.state.limiter.take(client_of(request.scope))
-            request.scope["chat.headers"] = allowance.headers
-            allowance.check()
-
-    return admit
+async def admit(request: HTTPConnection) -> None:
+    """Take a request out of its client's bucket, if there is a limit."""
+    if request.app.state.limiter:
+        allowance = await request.app.state.limiter.take(client_of(request.scope))
+        request.scope["chat.headers"] = allowance.headers
+        allowance.check()
 
 
 def client_key(client: str) -> str:

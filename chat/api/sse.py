@@ -3,9 +3,8 @@
 import asyncio
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
 from math import inf
 
 import msgspec
@@ -14,13 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from chat.api.http import Answer, cancelled_on_disconnect, in_background
 from chat.errors import ChatError, ClientDisconnected
-from chat.reading import Reading
+from chat.kept import Reading
 from chat.reply import Reply
 
 START_TIMEOUT = 10.0  # seconds for the first token; proxies give up on a silent upstream
 LAST_WRITE_TIMEOUT = 1.0  # seconds for the last error, which the client may not be reading
 KEEP_ALIVE = b": keep-alive\n\n"
-END_MARK = "[DONE]"
+PIECES = {"[DONE]": ["[", "DONE]"]}  # two events, so that the end mark stays unmistakable
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,13 +34,13 @@ class EventStream(Response):
 
     def __init__(self, answer: Answer, reply: Reply | Reading, interval: float) -> None:
         self._answer, self._reply, self._interval = answer, reply, interval
+        self._reading = reply if isinstance(reply, Reading) else None
         self._written_at = -inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # What follows the start skips the middleware, which has nothing to do with it.
         self._start, self._send = send, scope["chat.send"]
-        reading = None if isinstance(self._reply, Reply) else self._reply
-        framer = Framer(reading)
+        framer = Framer(self._reading)
         with suppress(ClientDisconnected):
             async with cancelled_on_disconnect(receive):
                 try:
@@ -52,15 +51,14 @@ class EventStream(Response):
                     end = sse_named("truncated", reason=cut) if cut else b""
                     await self._write(end + framer.end(DONE), more_body=False)
                 except ChatError as error:
-                    has_ended = reading and reading.end
+                    has_ended = self._reading and self._reading.end
                     if self._written_at == -inf and not has_ended:
                         raise
                     end = sse_named("error", error=str(error))
+                    end = framer.end(end) if has_ended else end
                     with suppress(TimeoutError):
                         async with asyncio.timeout(LAST_WRITE_TIMEOUT):
-                            await self._write(
-                                framer.end(end) if has_ended else end, more_body=False
-                            )
+                            await self._write(end, more_body=False)
 
     async def _write(self, events: bytes, *, more_body: bool = True) -> None:
         has_started, self._written_at = self._written_at > -inf, time.monotonic()
@@ -87,35 +85,31 @@ class Framer:
 
     def __init__(self, reading: Reading | None = None) -> None:
         self._reading, self._is_after_cr = reading, False
-        self._position = reading.after if reading else None
 
     def events(self, tokens: Sequence[str]) -> bytes:
-        if self._reading:  # which knows the text before its first tokens by now
-            self._is_after_cr, self._reading = self._reading.is_after_cr, None
-        text, lengths = "".join(tokens), list[int]()
-        if self._is_after_cr or "\n" in text or "\r" in text or END_MARK in tokens:
-            pieces = [*self._pieces(tokens)]
-            tokens, lengths = [piece for piece, _ in pieces], [length for _, length in pieces]
-        if self._position is None:
-            return ("data: " + "\n\ndata: ".join(tokens) + "\n\n").encode()
-        _, *ends = accumulate(lengths or map(len, tokens), initial=self._position)
-        self._position = ends[-1]
-        return "".join(map("data: {}\nid: {}\n\n".format, tokens, ends)).encode()
+        reading, text = self._reading, "".join(tokens)
+        if reading and reading.position == reading.after:
+            self._is_after_cr = reading.is_after_cr
+        if "[DONE]" in tokens:
+            tokens = [piece for token in tokens for piece in PIECES.get(token, [token])]
+        lines = tokens
+        if self._is_after_cr or "\n" in text or "\r" in text:
+            lines = [*map(self._lines, tokens)]
+        if reading is None:
+            return ("data: " + "\n\ndata: ".join(lines) + "\n\n").encode()
+        return "".join(map("data: {}\nid: {}\n\n".format, lines, reading.ends(tokens))).encode()
 
     def end(self, event: bytes) -> bytes:
         """Return the last event with its id, one further than the text."""
-        return (
-            event if self._position is None else b"%bid: %d\n\n" % (event[:-1], self._position + 1)
-        )
+        reading = self._reading
+        return b"%bid: %d\n\n" % (event[:-1], reading.position + 1) if reading else event
 
-    def _pieces(self, tokens: Sequence[str]) -> Iterator[tuple[str, int]]:
-        for token in tokens:
-            # Two events, so that the end mark stays unmistakable.
-            for piece in ("[", "DONE]") if token == END_MARK else (token,):
-                # The CR of a CRLF that was cut in two has become a line end already.
-                rest = piece[1:] if self._is_after_cr and piece[0] == "\n" else piece
-                self._is_after_cr = piece[-1] == "\r"
-                yield re.sub(r"\r\n?|\n", "\ndata: ", rest), len(piece)
+    def _lines(self, token: str) -> str:
+        """Return a token with an LF for each line end."""
+        # The CR of a CRLF that was cut in two has become a line end already.
+        rest = token[1:] if self._is_after_cr and token[0] == "\n" else token
+        self._is_after_cr = token[-1] == "\r"
+        return re.sub(r"\r\n?|\n", "\ndata: ", rest)
 
 
 def sse_named(name: str, **content: str) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from contextlib import suppress
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,11 +12,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
 from chat.api.http import error_response
-from chat.api.limits import admission, client_key
+from chat.api.limits import admit, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
+from chat.kept import Reading
 from chat.messages import ChatRequest, parse_request
-from chat.reading import Reading
 from chat.reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ class ChatSocket:
         self._idle = asyncio.timeout(None)
         self._reply: Reply | None = None
         self._source: Any = None  # the reply, or what is read of one that is kept
-        self._position: int | None = None  # in the text of a reply that is kept
         self._answering: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
@@ -98,15 +97,13 @@ class ChatSocket:
             return parse_request(text, may_cancel=True)
         except errors.ChatError as error:
             if not isinstance(error, errors.MissingMessages):
-                await admission(self._websocket)()
+                await admit(self._websocket)
             raise
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
-        status, fields, admit = 200, dict[str, object](), admission(self._websocket)
+        status, fields, admitted = 200, dict[str, object](), partial(admit, self._websocket)
         try:
-            replies = self._state.replies
-            self._source, answer = await replies.answer(request, reply, request.after, admit)
-            self._position = None if self._source is reply else request.after
+            self._source, answer = await self._state.replies.answer(request, reply, admitted)
             async with answer as tokens:
                 async for some in tokens:
                     await self._send_tokens(some, reply)
@@ -127,11 +124,10 @@ class ChatSocket:
             log_request(self._scope, status, fields | self._source.summary())
 
     async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
-        if self._position is None:
+        if self._source is reply:
             texts = [msgspec.json.encode({"token": token}) for token in tokens]
         else:
-            _, *ends = accumulate(map(len, tokens), initial=self._position)
-            self._position, pairs = ends[-1], zip(tokens, ends, strict=True)
+            pairs = zip(tokens, self._source.ends(tokens), strict=True)
             texts = [msgspec.json.encode({"token": token, "after": end}) for token, end in pairs]
         messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
         if TEXTS not in self._scope.get("extensions", ()):
@@ -142,7 +138,7 @@ class ChatSocket:
             except CLOSED:
                 raise errors.ClientDisconnected from None
             except asyncio.CancelledError:
-                if self._position is None:  # a kept reply has all that has come
+                if self._source is reply:  # a kept reply has all that has come
                     reply.sent += tokens[:count]
                 raise
 

@@ -5,13 +5,16 @@ what overlaps and sees what is missing.
 """
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, inf
+from time import monotonic
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from chat import errors
+from chat.config import Settings
 from chat.storage.redis import RedisClient
 
+ALIVE_INTERVAL = 1.0  # seconds
 CLAIM = """
 if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return '' end
 return redis.call('GET', KEYS[1]) or ''
@@ -25,29 +28,38 @@ redis.call('EXPIRE', KEYS[1], ARGV[1])
 
 
 class Entry(NamedTuple):
-    """A part of a text, how it has ended, or that its owner does not have it (`gone`)."""
+    """A part of a text, or its end: completed, cancelled, failed, or its owner has it no more."""
 
     position: int
-    kind: str
-    text: str
+    kind: str  # text, completed, cancelled, failed or gone
+    text: str  # of the reply; why it was cut off, if it was; of the error
 
 
+BEYOND = "beyond"  # in place of a reader whose position the text does not have
 GONE = Entry((1 << 64) - 1, "gone", "")  # after every position
 
 
 class Handover:
     """One replica's side; without Redis, or while it is away, `ReplyUnavailable` is raised."""
 
-    def __init__(self, redis: RedisClient | None, claim_ttl: float, replay_ttl: float) -> None:
-        self.replica, self._redis = uuid4().hex, redis
-        self._claim_ttl, self._replay_ttl = ceil(claim_ttl), ceil(replay_ttl)
+    def __init__(self, redis: RedisClient | None, settings: Settings) -> None:
+        self.replica, self._shown_at = uuid4().hex, -inf
+        self._redis = redis if settings.resume_timeout else None
+        self._replay_ttl = ceil(settings.resume_timeout)
+        self._claim_ttl = ceil(settings.reply_timeout + settings.resume_timeout)
 
-    async def claim(self, key: str, fingerprint: str = "") -> list[str]:
-        """Return a reply's owner and fingerprint, if it has any; with one, it may become ours."""
+    async def claim(self, key: str, fingerprint: str = "") -> tuple[str, str]:
+        """Return a reply's owner and fingerprint, if it has any; with one, it becomes ours."""
         value = fingerprint and f"{self.replica}:{fingerprint}"
         claim = "EVAL", CLAIM, 1, f"chat:reply:{key}", value, self._claim_ttl
-        found = await self._execute(*claim) if self._redis else b""
-        return found.decode().split(":") if found else []
+        try:
+            found = await self._execute(*claim) if self._redis else b""
+        except errors.ReplyUnavailable:
+            if not fingerprint:
+                raise
+            found = b""  # no other replica will know it
+        owner, _, of = found.decode().partition(":")
+        return owner, of
 
     async def release(self, key: str) -> None:
         await self._execute("DEL", f"chat:reply:{key}")
@@ -57,11 +69,12 @@ class Handover:
         await self._execute("EXPIRE", f"chat:mail:{owner}", 10)
 
     async def letters(self) -> list[list[str]]:
+        """Return what others have written, and show them that this replica is alive."""
+        if monotonic() - self._shown_at >= ALIVE_INTERVAL:
+            await self._execute("SET", f"chat:alive:{self.replica}", 1, "EX", 2)
+            self._shown_at = monotonic()
         found = await self._execute("LPOP", f"chat:mail:{self.replica}", 100)
         return [letter.decode().split() for letter in found or ()]
-
-    async def show_alive(self) -> None:
-        await self._execute("SET", f"chat:alive:{self.replica}", 1, "EX", 2)
 
     async def is_alive(self, owner: str) -> bool:
         return bool(await self._execute("EXISTS", f"chat:alive:{owner}"))
