@@ -272,6 +272,7 @@ def test_the_page_is_accessible_and_fits_the_screen(
         check_access(chat.page)
         width = chat.page.evaluate("document.querySelector('#scroller').scrollWidth")
         assert width <= viewport["width"]
+        groq.release()  # the service would wait for the reply
 
 
 def check_access(page: Page) -> None:
