@@ -132,8 +132,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         stack.push_async_callback(state.replies.aclose)
         state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
         forever = state.groq.check_models(), counts.share_forever(), state.replies.serve()
-        for background in forever:
-            await stack.enter_async_context(http.in_background(background))
+        for each in map(http.in_background, forever):
+            await stack.enter_async_context(each)
         state.shutdown.handle_signals()
         loop = asyncio.get_running_loop()
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))

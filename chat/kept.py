@@ -29,7 +29,7 @@ class KeptReply:
     error: errors.ChatError | None = None
     reader: object = None  # the newest; a string if it is elsewhere
     written: int | None = None  # up to where others can read it
-    _timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None  # until a reader is missed, or it is forgotten
 
     def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
         self.key, self.fingerprint, self.reply = key, fingerprint, reply
@@ -48,38 +48,28 @@ class KeptReply:
             metrics.CHAT_UNATTENDED_TOKENS.inc(len(tokens))
         self.changed.set()
 
-    def set_end(self, kind: str, text: str = "") -> None:
-        self.end = Entry(self.length + 1, kind, text)
-
-    def attend(self, reader: object) -> None:
-        """Give it to a reader; the one before is told so."""
-        self.reader = reader
-        self.readers += 1
-        self.cancel_timer()
-        self.set_unattended(False)
-        self.changed.set()
-
-    def set_timer(self, delay: float, action: Callable[..., None], *arguments: object) -> None:
-        """Do something after a delay, unless a reader comes before."""
-        self.cancel_timer()
-        self._timer = asyncio.get_running_loop().call_later(delay, action, self, *arguments)
-
-    def cancel_timer(self) -> None:
+    def set_reader(self, reader: object, timer: asyncio.TimerHandle | None = None) -> None:
+        """Give it to a reader or to nobody; the one before is told so, and its timer stops."""
         if self._timer:
             self._timer.cancel()
+        self.readers += bool(reader and reader != self.reader)
+        self.reader, self._timer = reader, timer
+        self.note_change()
 
-    def set_unattended(self, is_unattended: bool) -> None:
-        was_unattended = self.reply.unattended_since is not None
-        metrics.CHAT_REPLIES_UNATTENDED.inc(is_unattended - was_unattended)
+    def note_change(self) -> None:
+        """Wake its reader, and count it if it runs and has none."""
+        is_unattended, since = not (self.reader or self.end), self.reply.unattended_since
+        metrics.CHAT_REPLIES_UNATTENDED.inc(is_unattended - (since < inf))
         now = asyncio.get_running_loop().time()
-        self.reply.unattended_since = now if is_unattended else None
+        self.reply.unattended_since = now if is_unattended else inf
+        self.changed.set()
 
-    def unwritten(self, begin: int) -> list[Entry]:
+    def unwritten(self) -> list[Entry]:
         """Return what other replicas cannot read yet."""
-        entries = list[Entry]()
+        begin, entries = self.written or 0, list[Entry]()
         if begin < self.length:
             entries.append(Entry(self.length, "text", "".join(self.tokens)[begin:]))
-        if self.end and begin <= self.length:
+        if self.end and begin < self.end.position:
             entries.append(self.end)
         return entries
 
@@ -118,7 +108,7 @@ class Reading:
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         kept = self._kept
-        kept.attend(self)
+        kept.set_reader(self)
         try:
             number, text = len(kept.tokens), "".join(kept.tokens)
             self.is_after_cr = text[: self.after].endswith("\r")
@@ -129,8 +119,10 @@ class Reading:
                 if some := kept.tokens[number:]:
                     number += len(some)
                     yield some
-                elif kept.error or kept.end:
-                    self.end, self.truncated = kept.end, kept.reply.truncated
+                elif kept.end:
+                    # One that failed before its first token is as if it had never begun.
+                    self.end = kept.end if kept.tokens or kept.end.kind != "failed" else None
+                    self.truncated = kept.reply.truncated
                     if kept.error:
                         raise kept.error
                     return

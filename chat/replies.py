@@ -20,7 +20,7 @@ from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.handover import BEYOND, GONE, Handover
+from chat.storage.handover import BEYOND, GONE, Entry, Handover
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,8 @@ class Replies:
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
-        if (reading := await self._find(_hash(name), "", 0)) is None:
-            raise errors.ReplyNotFound
-        await reading.cancel()
+        if reading := await self._find(_hash(name)):
+            await reading.cancel()
 
     async def serve(self) -> None:
         """Answer the letters of other replicas whenever there are replies."""
@@ -69,15 +68,16 @@ class Replies:
                     for letter in await self._handover.letters():
                         await self._obey(*letter)
                 followed = [kept for kept in self._kept.values() if kept.written is not None]
-                await asyncio.gather(*(_quietly(self._write(kept)) for kept in followed))
+                await asyncio.gather(*map(self._write, followed))
             await asyncio.sleep(MAIL_INTERVAL)
 
     async def hand_over(self) -> None:
         """Write what is kept here for the other replicas, the newest first."""
-        with suppress(errors.ReplyUnavailable, TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(3):
                 for kept in reversed([*self._kept.values()]):
-                    await self._write(kept, anew=True)
+                    kept.written = 0
+                    await self._write(kept)
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -88,28 +88,29 @@ class Replies:
         """Return the reply of this name; begin it if there is none, and messages to answer."""
         key, fingerprint, after = _hash(name), _fingerprint(request), request.after
         async with self._locks.setdefault(key, asyncio.Lock()):  # it may come twice at one moment
-            if reading := await self._find(key, fingerprint, after):
-                metrics.resumes[reading.place].inc()
-                # Before anything is sent: the client may be on its way elsewhere afterwards.
-                reader = reading.reader or self._handover.replica
-                await _quietly(self._handover.become_reader(key, reader))
-                return reading
-            if after or not fingerprint:
+            try:
+                if reading := await self._find(key, fingerprint, after):
+                    metrics.resumes[reading.place].inc()
+                    # Before anything is sent: the client may be on its way elsewhere afterwards.
+                    reader = reading.reader or self._handover.replica
+                    await self._handover.set_reader(key, reader)
+                    return reading
+            except errors.ReplyNotFound:
                 metrics.resumes["lost"].inc()
                 await admit()
-                raise errors.ReplyNotFound
+                raise
             try:
                 await admit()
             except BaseException:
-                await _quietly(self._handover.release(key))
+                await self._handover.release(key)
                 raise
             kept = self._kept[key] = KeptReply(key, fingerprint, reply)
             kept.task = self._in_background(self._run(kept, request))
         self._leave(kept, None)  # the connection may break before it is read
         return Reading(kept, 0, self._leave)
 
-    async def _find(self, key: str, fingerprint: str, after: int) -> Reading | None:
-        """Return a reply; one that nobody has becomes ours if it is asked for from the start."""
+    async def _find(self, key: str, fingerprint: str = "", after: int = 0) -> Reading | None:
+        """Return a reply, or None if it has become ours: nobody had it, and it may begin."""
         if kept := self._kept.get(key):
             owner, of = self._handover.replica, kept.fingerprint
         else:
@@ -118,35 +119,34 @@ class Replies:
             raise errors.ReplyConflict
         if kept:
             return Reading(kept, after, self._leave)
-        if owner == self._handover.replica:
-            metrics.resumes["lost"].inc()
+        if owner not in ("", self._handover.replica):
+            return Elsewhere(self._handover, key, owner, after)
+        if owner or after or not fingerprint:
             raise errors.ReplyNotFound
-        return Elsewhere(self._handover, key, owner, after) if owner else None
+        return None
 
     async def _run(self, kept: KeptReply, request: ChatRequest) -> None:
         try:
             async with self._service.answer(request, kept.reply) as tokens:
                 async for some in tokens:
                     kept.append(some)
-            kept.set_end("completed", kept.reply.truncated or "")
         except asyncio.CancelledError:  # nobody has come back
             kept.error = errors.ReplyNotFound()
             self._forget(kept)
         except errors.ChatError as error:
-            if isinstance(error, errors.ReplyCancelled):
-                kept.set_end("cancelled")
-            elif kept.tokens:
-                kept.set_end("failed", str(error))
-            else:  # the same request may be sent again
-                await _quietly(self._handover.release(kept.key))
-                self._forget(kept)
             kept.error = error
+            if not (kept.tokens or kept.reply.is_cancelled):  # it may be sent again
+                await self._handover.release(kept.key)
+                self._forget(kept)
         self._note_end(kept)
 
     def _note_end(self, kept: KeptReply) -> None:
-        kept.set_unattended(False)
-        kept.changed.set()
-        if kept.end and self._kept.get(kept.key) is kept:
+        is_cancelled = isinstance(kept.error, errors.ReplyCancelled)
+        kind = "cancelled" if is_cancelled else "failed" if kept.error else "completed"
+        text = str(kept.error or kept.reply.truncated or "")
+        kept.end = Entry(kept.length + 1, kind, text)
+        kept.note_change()
+        if self._kept.get(kept.key) is kept:
             self._kept[kept.key] = self._kept.pop(kept.key)
             self._ended_bytes += kept.size
             while self._ended_bytes > MAX_ENDED_BYTES:
@@ -160,9 +160,8 @@ class Replies:
     def _leave(self, kept: KeptReply, reader: object) -> None:
         """Note that a reader has gone, unless another has taken the reply over."""
         if kept.reader is reader and self._kept.get(kept.key) is kept:
-            kept.reader = None
-            kept.set_timer(self._timeout, self._forget)
-            kept.set_unattended(not kept.end)
+            call_later = asyncio.get_running_loop().call_later
+            kept.set_reader(None, call_later(self._timeout, self._forget, kept))
             if reader and not kept.end:  # Redis may have been away at the beginning
                 self._in_background(self._handover.claim(kept.key, kept.fingerprint))
 
@@ -170,7 +169,7 @@ class Replies:
         if self._kept.get(kept.key) is kept:
             del self._kept[kept.key]
             self._ended_bytes -= kept.size if kept.end else 0
-            kept.cancel_timer()
+            kept.set_reader(kept.reader)  # without a timer
             kept.task.cancel()  # of no effect once it has ended
 
     def _in_background(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -186,25 +185,19 @@ class Replies:
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
         elif int(after) > kept.length + bool(kept.end):
-            await self._handover.become_reader(key, BEYOND)
+            await self._handover.set_reader(key, BEYOND)
         elif reader == kept.reader or await self._handover.reader(key) in (reader, ""):
-            is_new = reader != kept.reader
-            if is_new:
-                kept.attend(reader)
-            kept.set_timer(ABSENT_READER, self._leave, reader)
-            if is_new or int(after) < (kept.written or 0):
-                await self._write(kept, anew=True)
+            if reader != kept.reader or int(after) < (kept.written or 0):
+                kept.written = 0  # nothing that is of use
+            call_later = asyncio.get_running_loop().call_later
+            kept.set_reader(reader, call_later(ABSENT_READER, self._leave, kept, reader))
 
-    async def _write(self, kept: KeptReply, *, anew: bool = False) -> None:
-        begin, kept.written = 0 if anew else kept.written or 0, kept.written or 0
-        if entries := kept.unwritten(begin):
-            await self._handover.write(kept.key, entries, anew=anew)
-            kept.written = entries[-1].position
-
-
-async def _quietly(coroutine: Coroutine[Any, Any, object]) -> None:
-    with suppress(errors.ReplyUnavailable):
-        await coroutine
+    async def _write(self, kept: KeptReply) -> None:
+        """Write what others cannot read yet; all of it, anew, if nothing is known to be there."""
+        if entries := kept.unwritten():
+            with suppress(errors.ReplyUnavailable):
+                await self._handover.write(kept.key, entries, anew=not kept.written)
+                kept.written = entries[-1].position
 
 
 def _hash(name: str) -> str:

@@ -50,7 +50,7 @@ class Reply:
     completion_tokens: int | None = None
     is_whole: bool = False  # all tokens have come
     is_cancelled: bool = False
-    unattended_since: float | None = None  # it may be read again, and nobody reads it now
+    unattended_since: float = inf  # when the last reader of a reply that is kept has left
     task: asyncio.Task[Any] | None = None  # what `cancel` ends
     timeout: asyncio.Timeout | None = None  # what `expire` ends
     expiry: ChatError | None = None

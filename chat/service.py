@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 
 from chat import errors, metrics
 from chat.config import Settings
@@ -108,13 +109,11 @@ class ChatService:
 
     def _make_room(self) -> None:
         """End the reply that has been unattended for longest; raise `TooBusy` if there is none."""
-        unattended = [each for each in self._replies if each.unattended_since and each.task]
-        if not unattended:
+        oldest = min(self._replies, key=lambda each: each.unattended_since)
+        if oldest.unattended_since == inf or not oldest.task:
             raise errors.TooBusy
-        oldest = min(unattended, key=lambda each: each.unattended_since or 0)
         self._replies.discard(oldest)
-        if oldest.task:
-            oldest.task.cancel()
+        oldest.task.cancel()
 
     @contextmanager
     def _counted(self, reply: Reply) -> Iterator[None]:

@@ -5,6 +5,7 @@ what overlaps and sees what is missing.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from math import ceil, inf
 from time import monotonic
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ class Handover:
         return owner, of
 
     async def release(self, key: str) -> None:
-        await self._execute("DEL", f"chat:reply:{key}")
+        with suppress(errors.ReplyUnavailable):
+            await self._execute("DEL", f"chat:reply:{key}")
 
     async def write_to(self, owner: str, letter: str) -> None:
         await self._execute("RPUSH", f"chat:mail:{owner}", letter)
@@ -79,9 +81,10 @@ class Handover:
     async def is_alive(self, owner: str) -> bool:
         return bool(await self._execute("EXISTS", f"chat:alive:{owner}"))
 
-    async def become_reader(self, key: str, reader: str) -> None:
-        """Take a reply over from whoever reads it."""
-        await self._execute("SET", f"chat:reader:{key}", reader, "EX", self._claim_ttl)
+    async def set_reader(self, key: str, reader: str) -> None:
+        """Let a reader take a reply over from the one before."""
+        with suppress(errors.ReplyUnavailable):
+            await self._execute("SET", f"chat:reader:{key}", reader, "EX", self._claim_ttl)
 
     async def reader(self, key: str) -> str:
         return (await self._execute("GET", f"chat:reader:{key}") or b"").decode()
