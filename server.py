@@ -131,9 +131,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)
         state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
-        forever = state.groq.check_models(), counts.share_forever(), state.replies.serve()
-        for each in map(http.in_background, forever):
-            await stack.enter_async_context(each)
+        for forever in (state.groq.check_models(), counts.share_forever(), state.replies.serve()):
+            await stack.enter_async_context(http.in_background(forever))
         state.shutdown.handle_signals()
         loop = asyncio.get_running_loop()
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))

@@ -166,8 +166,8 @@ class Elsewhere(Reading):
             try:
                 for entry in await self._look(time()):
                     if text := self._take(*entry):
-                        heard_at = time()
                         yield [text]
+                        heard_at = time()  # the client may have taken long
                 reached_at = time()
                 if await self._handover.is_alive(self._owner):
                     heard_at = time()

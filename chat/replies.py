@@ -89,25 +89,20 @@ class Replies:
         key, fingerprint, after = _hash(name), _fingerprint(request), request.after
         async with self._locks.setdefault(key, asyncio.Lock()):  # it may come twice at one moment
             try:
-                if reading := await self._find(key, fingerprint, after):
-                    metrics.resumes[reading.place].inc()
-                    # Before anything is sent: the client may be on its way elsewhere afterwards.
-                    reader = reading.reader or self._handover.replica
-                    await self._handover.set_reader(key, reader)
-                    return reading
+                reading = await self._find(key, fingerprint, after)
             except errors.ReplyNotFound:
                 metrics.resumes["lost"].inc()
                 await admit()
                 raise
-            try:
-                await admit()
-            except BaseException:
-                await self._handover.release(key)
-                raise
-            kept = self._kept[key] = KeptReply(key, fingerprint, reply)
-            kept.task = self._in_background(self._run(kept, request))
-        self._leave(kept, None)  # the connection may break before it is read
-        return Reading(kept, 0, self._leave)
+            if reading is None:
+                kept = self._kept[key] = KeptReply(key, fingerprint, reply)
+                kept.task = self._in_background(self._run(kept, request, admit))
+                self._leave(kept, None)  # the connection may break before it is read
+                return Reading(kept, 0, self._leave)
+        metrics.resumes[reading.place].inc()
+        # Before anything is sent: the client may be on its way elsewhere afterwards.
+        await self._handover.set_reader(key, reading.reader or self._handover.replica)
+        return reading
 
     async def _find(self, key: str, fingerprint: str = "", after: int = 0) -> Reading | None:
         """Return a reply, or None if it has become ours: nobody had it, and it may begin."""
@@ -125,8 +120,9 @@ class Replies:
             raise errors.ReplyNotFound
         return None
 
-    async def _run(self, kept: KeptReply, request: ChatRequest) -> None:
+    async def _run(self, kept: KeptReply, request: ChatRequest, admit: Admit) -> None:
         try:
+            await admit()
             async with self._service.answer(request, kept.reply) as tokens:
                 async for some in tokens:
                     kept.append(some)
@@ -151,11 +147,13 @@ class Replies:
             self._ended_bytes += kept.size
             while self._ended_bytes > MAX_ENDED_BYTES:
                 self._forget(next(each for each in self._kept.values() if each.end))
-        if kept.reply.error and not isinstance(kept.reader, Reading):
-            metrics.errors[kept.reply.error.reason].inc()  # which no request's line will count
-        fields = kept.reply.summary() | {"resumed": max(0, kept.readers - 1)}
-        level = logging.WARNING if kept.reply.outcome == "failed" else logging.INFO
-        logger.log(level, "reply %s", kept.reply.outcome, extra={"fields": fields})
+        error, outcome = kept.reply.error, kept.reply.outcome
+        if error and not isinstance(kept.reader, Reading):
+            metrics.errors[error.reason].inc()  # which no request's line will count
+        if error or outcome != "failed":  # otherwise it was not admitted
+            fields = kept.reply.summary() | {"resumed": max(0, kept.readers - 1)}
+            level = logging.WARNING if outcome == "failed" else logging.INFO
+            logger.log(level, "reply %s", outcome, extra={"fields": fields})
 
     def _leave(self, kept: KeptReply, reader: object) -> None:
         """Note that a reader has gone, unless another has taken the reply over."""

@@ -325,5 +325,6 @@ def test_one_that_is_never_resumed_costs_one_script(pair: Pair, redis: RedisServ
     for _ in range(100):
         assert pair[0].chat("hello", reply=uuid4().hex).status_code == 200
     stats = redis.command("INFO", "commandstats")
-    assert 100 <= stats["cmdstat_eval"]["calls"] < 150  # the check of Redis has one, too
-    assert not {"cmdstat_xadd", "cmdstat_xrange"} & stats.keys()
+    calls = {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
+    assert 100 <= calls["eval"] < 150  # the check of Redis has one, too
+    assert max(calls.get("xadd", 0), calls.get("xrange", 0)) < 50
