@@ -2,6 +2,7 @@
 
 service   one turn of a chat, over:   prompt    which exchanges go along
 reply     a reply in progress         tokens    token counts
+replies   those that outlive their connection, each of them `kept`
 messages  what clients send           errors, config, logs, metrics
 
 api/      what clients touch: HTTP, event streams, WebSockets, limits, the chat page

@@ -104,7 +104,9 @@ class Reading:
 
     def summary(self) -> dict[str, Any]:
         """Return what the log line of the request says."""
-        return self._kept.reply.summary() if self._kept.end else {"outcome": "detached"}
+        if not self._kept.end:
+            return {"outcome": "detached"}
+        return {k: v for k, v in self._kept.reply.summary().items() if k != "duration_ms"}
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         kept = self._kept

@@ -14,7 +14,8 @@ from tests.servers import Service, UvicornService, body, free_port, wait_until
 NAMES = """http_requests http_request_duration_seconds chat_requests chat_replies chat_errors
     chat_tokens chat_time_to_first_token_seconds chat_reply_duration_seconds chat_replies_active
     groq_requests groq_retries groq_fallbacks groq_circuit_state groq_model_available
-    event_loop_tasks token_cache_lookups history_conversations redis_up"""
+    event_loop_tasks token_cache_lookups history_conversations redis_up chat_build_info
+    chat_finish_reasons chat_resumes chat_replies_unattended chat_unattended_tokens"""
 
 
 @pytest.fixture
