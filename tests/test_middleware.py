@@ -15,7 +15,9 @@ from starlette.routing import Route
 from chat.api.middleware import RequestMiddleware
 from chat.config import load_settings
 from chat.messages import Exchange
+from chat.replies import Replies
 from chat.service import ChatService
+from chat.storage.handover import Handover
 from chat.storage.memory import MemoryHistory
 from chat.tokens import TokenCounts
 from server import create_app
@@ -66,6 +68,7 @@ def broken(module_groq: FakeGroq) -> Iterator[Caller]:
         app.state.service = ChatService(
             settings, history=history, counts=counts, groq=app.state.groq
         )
+        app.state.replies = Replies(app.state.service, settings, Handover(None, settings))
         yield from one_caller(port)
 
 

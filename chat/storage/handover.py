@@ -16,7 +16,6 @@ from chat.config import Settings
 from chat.storage.redis import RedisClient
 
 ALIVE_INTERVAL = 1.0  # seconds
-CLAIM_TIMEOUT = 0.25  # seconds that a chat which begins waits for Redis, once
 CLAIM = """
 if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return '' end
 return redis.call('GET', KEYS[1]) or ''
@@ -54,9 +53,8 @@ class Handover:
         """Return a reply's owner and fingerprint, if it has any; with one, it becomes ours."""
         value = fingerprint and f"{self.replica}:{fingerprint}"
         claim = "EVAL", CLAIM, 1, f"chat:reply:{key}", value, self._claim_ttl
-        timeout = CLAIM_TIMEOUT if fingerprint else 1.0
         try:
-            found = await self._execute(*claim, timeout=timeout) if self._redis else b""
+            found = await self._execute(*claim) if self._redis else b""
         except errors.ReplyUnavailable:
             if not fingerprint:
                 raise
@@ -103,11 +101,10 @@ class Handover:
         entries = [(at, *fields.popitem()) for at, fields in found or await self._execute(*last)]
         return [Entry(int(at[2:]), kind.decode(), text.decode()) for at, kind, text in entries]
 
-    async def _execute(self, *command: str | int | bytes, timeout: float = 1.0) -> Any:
-        redis = self._redis
-        if not (redis and redis.is_up and (redis.is_usable or timeout > CLAIM_TIMEOUT)):
+    async def _execute(self, *command: str | int | bytes) -> Any:
+        if not (self._redis and self._redis.is_up):  # a chat that begins does not wait for it
             raise errors.ReplyUnavailable
         try:
-            return await redis.execute(*command, timeout=timeout)
+            return await self._redis.execute(*command)
         except errors.HistoryUnavailable:
             raise errors.ReplyUnavailable from None

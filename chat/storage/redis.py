@@ -40,25 +40,20 @@ class RedisClient:
     def __init__(self, redis: Server, optional_timeout: float = OPTIONAL_TIMEOUT) -> None:
         self._redis, self._optional_timeout = redis, optional_timeout
         self.is_up, self._fault = False, ""
-        self._suspect = asyncio.Event()  # set by a fault, until a check
+        self._suspect = asyncio.Event()  # set by a fault; nothing optional is sent until a check
         self._waiting: list[Command] = []
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether what is optional is asked for: not after a fault, until a check succeeds."""
-        return self.is_up and not self._suspect.is_set()
-
-    async def execute(self, *command: str | int | bytes, timeout: float = 1.0) -> Any:
-        """Return the response; raise `HistoryUnavailable` if it is a refusal or there is none."""
+    async def execute(self, *command: str | int | bytes) -> Any:
+        """Return the response; raise `HistoryUnavailable` if it is a refusal or takes a second."""
         try:
-            return await self._within(timeout, self._redis.execute_command(*command))
+            return await self._within(1.0, self._redis.execute_command(*command))
         except FAULTS as error:
             self._note_fault(error, command)
             raise HistoryUnavailable from error
 
     async def try_all(self, commands: Sequence[Command]) -> list[Any]:
         """Return the response to each command, or None if it was refused or there is none soon."""
-        if not self.is_usable:
+        if not self.is_up or self._suspect.is_set():
             return [None] * len(commands)
         if not self._waiting:  # what comes in one turn of the event loop costs a third if together
             self._sending = asyncio.create_task(self._send_waiting())
