@@ -255,8 +255,9 @@ class Caller:
                 return part  # it has never begun
             self._seen.resumed["answered", place] += stream != b"" and received.status == 200
             is_lost = received.status != 200 or LOST.search(part)
-            if is_lost and received.began_at > self._seen.redis_down_until + RECOVERY:
-                raise WrongEnd(f"{place}, from {position}: {part.decode()}")
+            redis_up_for = received.began_at - self._seen.redis_down_until
+            if is_lost and redis_up_for > RECOVERY:
+                raise WrongEnd(f"{place}, Redis up for {redis_up_for:.1f} s: {part.decode()}")
             stream += LOST.sub(b"", part) if received.status == 200 else b""
             place = "here" if is_lost else self._chance.choice(tuple(self._urls))
         return stream
