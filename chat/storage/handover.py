@@ -20,6 +20,7 @@ CLAIM = """
 if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return '' end
 return redis.call('GET', KEYS[1]) or ''
 """
+SEND = "redis.call('RPUSH', KEYS[1], ARGV[1]) redis.call('EXPIRE', KEYS[1], 10)"
 # ARGV: expiry, `anew` or empty, then id, kind and text of each entry; a repeated one is refused.
 WRITE = """
 if ARGV[2] == 'anew' then redis.call('DEL', KEYS[1]) end
@@ -67,8 +68,7 @@ class Handover:
             await self._execute("DEL", f"chat:reply:{key}")
 
     async def write_to(self, owner: str, letter: str) -> None:
-        await self._execute("RPUSH", f"chat:mail:{owner}", letter)
-        await self._execute("EXPIRE", f"chat:mail:{owner}", 10)
+        await self._execute("EVAL", SEND, 1, f"chat:mail:{owner}", letter)
 
     async def letters(self) -> list[list[str]]:
         """Return what others have written, and show them that this replica is alive."""
