@@ -60,6 +60,7 @@ async def kept_reply(request: Request) -> Response:
     messages.check_id("reply", name)
     if request.method == "DELETE":
         await request.app.state.replies.cancel(name)
+    if request.method != "GET":  # a HEAD takes no reply over
         return Response(status_code=204)
     asked = messages.ChatRequest(reply=name, after=http.position(request), stream=True)
     return await answer(request, asked)

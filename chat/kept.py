@@ -13,7 +13,8 @@ from chat import errors, metrics
 from chat.reply import Reply
 from chat.storage.handover import BEYOND, Entry, Handover
 
-READ_INTERVAL = 0.05  # seconds between two looks at a reply that runs elsewhere
+READ_INTERVAL, LONGEST_INTERVAL = 0.05, 0.5  # seconds between two looks at a reply elsewhere
+ASK_AFTER = 0.5  # seconds of silence after which to ask whether the owner is alive
 FOLLOW_INTERVAL = 2.0  # seconds between two letters, which tell the owner who reads
 SILENT_OWNER = 1.5  # seconds without a sign of life after which the owner is gone
 REDIS_PATIENCE = 10.0  # seconds to wait for Redis
@@ -39,7 +40,7 @@ class KeptReply:
 
     @property
     def size(self) -> int:
-        return sum(map(getsizeof, self.tokens))
+        return 4_000 + sum(map(getsizeof, self.tokens))  # about what surrounds them
 
     def append(self, tokens: list[str]) -> None:
         self.tokens += tokens
@@ -163,15 +164,15 @@ class Elsewhere(Reading):
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         time = asyncio.get_running_loop().time
-        heard_at = reached_at = time()
+        heard_at = reached_at = came_at = time()
         while self.end is None:
             try:
                 for entry in await self._look(time()):
                     if text := self._take(*entry):
                         yield [text]
-                        heard_at = time()  # the client may have taken long
+                        heard_at = came_at = time()  # the client may have taken long
                 reached_at = time()
-                if await self._handover.is_alive(self._owner):
+                if time() - heard_at > ASK_AFTER and await self._handover.is_alive(self._owner):
                     heard_at = time()
             except errors.ReplyUnavailable:
                 heard_at = time()
@@ -180,7 +181,8 @@ class Elsewhere(Reading):
             if time() - heard_at > SILENT_OWNER and not self.end:
                 metrics.resumes["lost"].inc()
                 raise errors.ReplyNotFound
-            await asyncio.sleep(0 if self.end else READ_INTERVAL)
+            pause = min(max(READ_INTERVAL, (time() - came_at) / 10), LONGEST_INTERVAL)
+            await asyncio.sleep(0 if self.end else pause)
         _, kind, text = self.end
         if kind != "completed":
             raise errors.ReplyCancelled if kind == "cancelled" else errors.ReplyFailed(text)

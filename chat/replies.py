@@ -57,16 +57,23 @@ class Replies:
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
-        if reading := await self._find(_hash(name)):
+        key = _hash(name)
+        async with self._locks.setdefault(key, asyncio.Lock()):  # it may be about to begin
+            reading = await self._find(key)
+        if reading:
             await reading.cancel()
 
     async def serve(self) -> None:
         """Answer the letters of other replicas whenever there are replies."""
         while True:
             if self._kept:
-                with suppress(errors.ReplyUnavailable):
+                try:
                     for letter in await self._handover.letters():
                         await self._obey(*letter)
+                except errors.ReplyUnavailable:
+                    pass
+                except Exception:  # a bug must not end the service to others
+                    logger.exception("unexpected error in a letter of another replica")
                 followed = [kept for kept in self._kept.values() if kept.written is not None]
                 await asyncio.gather(*map(self._write, followed))
             await asyncio.sleep(MAIL_INTERVAL)
@@ -178,7 +185,8 @@ class Replies:
     async def _obey(self, verb: str, key: str, reader: str = "", after: str = "0") -> None:
         kept = self._kept.get(key)
         if kept is None:
-            await self._handover.write(key, [GONE], anew=True)
+            if (await self._handover.claim(key))[0] in ("", self._handover.replica):
+                await self._handover.write(key, [GONE], anew=True)
         elif verb == "cancel":
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel

@@ -63,6 +63,23 @@ def test_hundreds_of_breaks_leave_every_text_whole_and_once(pair: Pair, groq: Fa
         list(pool.map(read, range(100)))
 
 
+def test_an_id_that_failed_may_be_used_again_though_somebody_has_followed_it(
+    pair: Pair, groq: FakeGroq
+) -> None:
+    (owner, other), asked = pair, new("refused")
+    groq.on("refused", Script(status=422, hold_before_status=True), Script(["ok"]))
+    before = other.metric("chat_resumes_total", result="elsewhere")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(part_of, owner, asked)
+        groq.wait_for_request("refused")
+        second = pool.submit(part_of, other, asked)
+        wait_until(lambda: other.metric("chat_resumes_total", result="elsewhere") > before)
+        groq.release()
+        assert (first.result().status, second.result().text) == (502, "")
+    assert owner.http.head(f"/replies/{asked['reply']}").status_code == 204
+    assert [part_of(service, asked).text for service in pair] == ["ok", "ok"]
+
+
 def test_the_same_post_to_two_replicas_asks_groq_once(pair: Pair, groq: FakeGroq) -> None:
     groq.on("slow", Script(["a", "b", "c"], interval=0.02))
     for number in range(8):

@@ -23,7 +23,7 @@ def test_it_is_short_and_names_the_commands_that_ci_runs_and_every_folder_of_the
     assert "\nmake test" in (ROOT / ".ci/run").read_text()
     folders = {f"chat/{path.parent.name}/" for path in ROOT.glob("chat/*/__init__.py")}
     shown = re.findall(r"^server\.py|chat/\w+(?:/|\.py)", SKETCH, re.M)
-    assert set(shown) == folders | {"server.py", "chat/service.py"}
+    assert set(shown) == folders | {"server.py", "chat/service.py", "chat/replies.py"}
 
 
 def test_its_exchanges_and_scripts_are_as_shown(service: Service) -> None:

@@ -97,7 +97,10 @@ class Framer:
             lines = [*map(self._lines, tokens)]
         if reading is None:
             return ("data: " + "\n\ndata: ".join(lines) + "\n\n").encode()
-        return "".join(map("data: {}\nid: {}\n\n".format, lines, reading.ends(tokens))).encode()
+        ends = reading.ends(tokens)
+        if len(ends) == 1:  # as most are while the model writes
+            return f"data: {lines[0]}\nid: {ends[0]}\n\n".encode()
+        return "".join(map("data: {}\nid: {}\n\n".format, lines, ends)).encode()
 
     def end(self, event: bytes) -> bytes:
         """Return the last event with its id, one further than the text."""

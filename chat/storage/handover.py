@@ -64,7 +64,9 @@ class Handover:
         return owner, of
 
     async def release(self, key: str) -> None:
+        """Let the id be used again, and not be taken by a reader of the reply that has failed."""
         with suppress(errors.ReplyUnavailable):
+            await self._execute("SET", f"chat:reader:{key}", self.replica, "EX", 10)
             await self._execute("DEL", f"chat:reply:{key}")
 
     async def write_to(self, owner: str, letter: str) -> None:
@@ -91,7 +93,8 @@ class Handover:
 
     async def write(self, key: str, entries: Sequence[Entry], *, anew: bool = False) -> None:
         values = [text for at, *rest in entries for text in (f"0-{at}", *rest)]
-        write = "EVAL", WRITE, 1, f"chat:replay:{key}", self._replay_ttl, "anew" * anew
+        ttl = 1 if GONE in entries else self._replay_ttl
+        write = "EVAL", WRITE, 1, f"chat:replay:{key}", ttl, "anew" * anew
         await self._execute(*write, *values)
 
     async def read(self, key: str, after: int) -> list[Entry]:

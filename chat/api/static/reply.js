@@ -49,11 +49,11 @@ async function read(events, exchange, cut, onChange) {
   throw lost;
 }
 
-/** An error that ends a reply has a position, as all that is in it; one that has none is about this
- * connection: the reply is gone, or another connection reads it. */
+/** An error with a position ends the reply; one without is about this connection. */
 function add({ event, data, id }, exchange) {
   const isOver = !exchange.position || ![exchange.position, ""].includes(id);
-  if (event === "error") throw new Error(isOver ? JSON.parse(data).error : LOST);
+  const again = !isOver && data.includes("try again") ? { cause: 0 } : {};
+  if (event === "error") throw new Error(isOver ? JSON.parse(data).error : LOST, again);
   if (event === "truncated") exchange.truncated = JSON.parse(data).reason;
   else exchange.reply += data;
   Object.assign(exchange, { position: id || exchange.position, state: "streaming" });
