@@ -56,8 +56,7 @@ async def chat(request: Request) -> Response:
 
 
 async def kept_reply(request: Request) -> Response:
-    name = request.path_params["id"]
-    messages.check_id("reply", name)
+    messages.check_id("reply", name := request.path_params["id"])
     if request.method == "DELETE":
         await request.app.state.replies.cancel(name)
     if request.method != "GET":  # a HEAD takes no reply over

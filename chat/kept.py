@@ -204,7 +204,9 @@ class Elsewhere(Reading):
         """Return what an entry adds to the text."""
         begin, place = position - (len(text) if kind == "text" else 1), self._fetched
         if kind == "gone":
-            raise errors.ReplyNotFound
+            if text == self.reader:  # an earlier reply of this id may have had others
+                raise errors.ReplyNotFound
+            return ""
         if kind != "text":
             _check(place, begin, has_ended=True)
         is_second_half = 0 < begin == self.after and text.startswith("\n")  # of a CRLF, perhaps

@@ -75,9 +75,11 @@ def test_an_id_that_failed_may_be_used_again_though_somebody_has_followed_it(
         second = pool.submit(part_of, other, asked)
         wait_until(lambda: other.metric("chat_resumes_total", result="elsewhere") > before)
         groq.release()
-        assert (first.result().status, second.result().text) == (502, "")
+        assert first.result().status in (502, 409), "it may have been taken over before"
+        assert second.result().text == ""
     assert owner.http.head(f"/replies/{asked['reply']}").status_code == 204
-    assert [part_of(service, asked).text for service in pair] == ["ok", "ok"]
+    parts = [part_of(service, asked) for service in pair]
+    assert [part.text for part in parts] == ["ok", "ok"], parts
 
 
 def test_the_same_post_to_two_replicas_asks_groq_once(pair: Pair, groq: FakeGroq) -> None:

@@ -34,7 +34,9 @@ class Entry(NamedTuple):
 
     position: int
     kind: str  # text, completed, cancelled, failed or gone
-    text: str  # of the reply; why it was cut off, if it was; of the error
+    text: (
+        str  # of the reply; why it was cut off, if it was; of the error; the reader it is gone for
+    )
 
 
 BEYOND = "beyond"  # in place of a reader whose position the text does not have
@@ -93,7 +95,7 @@ class Handover:
 
     async def write(self, key: str, entries: Sequence[Entry], *, anew: bool = False) -> None:
         values = [text for at, *rest in entries for text in (f"0-{at}", *rest)]
-        ttl = 1 if GONE in entries else self._replay_ttl
+        ttl = 1 if entries[-1].kind == "gone" else self._replay_ttl
         write = "EVAL", WRITE, 1, f"chat:replay:{key}", ttl, "anew" * anew
         await self._execute(*write, *values)
 
