@@ -186,7 +186,7 @@ class Replies:
         kept = self._kept.get(key)
         if kept is None:
             if (await self._handover.claim(key))[0] in ("", self._handover.replica):
-                await self._handover.write(key, [GONE._replace(text=reader)], anew=True)
+                await self._handover.write(key, [Entry(GONE.position, "gone", reader)], anew=True)
         elif verb == "cancel":
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
