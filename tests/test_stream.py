@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyBroken, GroqReplyCut
@@ -51,6 +51,7 @@ def parse(pieces: list[bytes], parser: ReplyParser | None = None) -> Parsed:
     return Parsed(text, error, parser.finish_reason, prompt_tokens)
 
 
+@example(b"\n\n\n{\n\n", [3])
 @given(STREAMS, st.lists(st.integers(0, 1 << 16), max_size=10))
 def test_what_is_cut_differently_parses_the_same(stream: bytes, places: list[int]) -> None:
     assert parse(cut(stream, places)) == parse([stream])

@@ -46,7 +46,7 @@ class EventParser:
 
 
 def _data(event: bytes) -> bytes:
-    if event.startswith(b"{"):
+    if event.lstrip(b"\n").startswith(b"{"):
         return event  # an error that is not framed
     fields = [line.partition(b":")[::2] for line in event.split(b"\n")]
     kinds = (b"data", b"error")  # the latter from llama.cpp
