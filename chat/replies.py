@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, suppress
-from hashlib import sha256
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,7 +19,8 @@ from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.handover import BEYOND, GONE, Entry, Handover
+from chat.storage.handover import AFTER_ALL, BEYOND, Entry, Handover
+from chat.storage.redis import hashed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Replies:
 
     async def cancel(self, name: str) -> None:
         """End a reply for a client that asks for no more; return once Groq is stopped."""
-        key = _hash(name)
+        key = hashed(name)
         async with self._locks.setdefault(key, asyncio.Lock()):  # it may be about to begin
             reading = await self._find(key)
         if reading:
@@ -93,7 +93,7 @@ class Replies:
 
     async def _open(self, name: str, request: ChatRequest, reply: Reply, admit: Admit) -> Reading:
         """Return the reply of this name; begin it if there is none, and messages to answer."""
-        key, fingerprint, after = _hash(name), _fingerprint(request), request.after
+        key, fingerprint, after = hashed(name), _fingerprint(request), request.after
         async with self._locks.setdefault(key, asyncio.Lock()):  # it may come twice at one moment
             try:
                 reading = await self._find(key, fingerprint, after)
@@ -186,7 +186,7 @@ class Replies:
         kept = self._kept.get(key)
         if kept is None:
             if (await self._handover.claim(key))[0] in ("", self._handover.replica):
-                await self._handover.write(key, [Entry(GONE.position, "gone", reader)], anew=True)
+                await self._handover.write(key, [Entry(AFTER_ALL, "gone", reader)], anew=True)
         elif verb == "cancel":
             kept.reply.cancel()
             kept.written = kept.written or 0  # its end confirms the cancel
@@ -206,12 +206,8 @@ class Replies:
                 kept.written = entries[-1].position
 
 
-def _hash(name: str) -> str:
-    return sha256(name.encode()).hexdigest()
-
-
 def _fingerprint(request: ChatRequest) -> str:
     """Return what tells requests apart, except for the way in which the reply is sent."""
     if not request.messages:
         return ""
-    return _hash(msgspec.json.encode((request.messages, request.conversation)).decode())
+    return hashed(msgspec.json.encode((request.messages, request.conversation)).decode())

@@ -181,7 +181,7 @@ def test_a_reply_of_100_kilobytes_grows_without_a_frame_over_50_milliseconds(
     text = (RICH + "\n\n") * (100_000 // len(RICH))
     grown = renderer.evaluate(GROW, [text, 100])
     assert grown["isKept"]
-    # Single steps tell of what else the machine does; most are long if finished blocks are read.
+    # Single steps show what else the machine does; most are long if finished blocks are read.
     assert len(grown["lengths"]) > 900
     assert sorted(grown["lengths"])[len(grown["lengths"]) * 95 // 100] < 50
 

@@ -8,16 +8,16 @@ from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyEmpty
 # The words of OpenAI, and of Anthropic, Bedrock, Cohere, Gemini, Mistral, TGI and Together, in
 # lower case. Any other word says that the reply has failed.
 FINISH_REASONS = {
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
-    "model_context_window_exceeded": "length",
-    **dict.fromkeys(
-        ("content_filter", "content_filtered", "safety", "recitation"), "content_filter"
-    ),
-    **dict.fromkeys(("blocklist", "prohibited_content", "spii", "sensitive"), "content_filter"),
-    **dict.fromkeys(("refusal", "guardrail_intervened", "language"), "content_filter"),
-    **dict.fromkeys(("image_safety", "image_prohibited_content"), "content_filter"),
-    **dict.fromkeys(("tool_calls", "function_call", "tool_call", "tool_use"), "tool_calls"),
+    word: reason
+    for reason, words in {
+        "stop": "stop eos eos_token end_turn stop_sequence complete",
+        "length": "length max_tokens max_output_tokens model_length model_context_window_exceeded",
+        "content_filter": "content_filter content_filtered safety recitation blocklist language "
+        "spii prohibited_content sensitive refusal guardrail_intervened image_safety "
+        "image_prohibited_content",
+        "tool_calls": "tool_calls function_call tool_call tool_use",
+    }.items()
+    for word in words.split()
 }
 # What to say of a reply without text, by its finish reason.
 EMPTY = {
@@ -25,6 +25,7 @@ EMPTY = {
     "content_filter": "wrote no text that its content filter passed",
     "tool_calls": "asked for a tool, and wrote no text",
 }
+FILTERED = r"content.?(filter|policy)|moderation"
 # What the `code`, `type` or `status` of an error says, or its message if it has none of them; the
 # first row that is found holds. `invalid_request_error` stands beside more precise codes.
 STATUSES = {
@@ -34,8 +35,7 @@ STATUSES = {
     403: r"permission|forbidden|access.?denied",
     503: r"overload|unavailable|capacity|insufficient.?system.?resource",
     422: r"unprocessable",
-    400: r"invalid.?(request|argument|parameter|prompt)|bad.?request|validation|"
-    r"content.?(filter|policy)|moderation",
+    400: rf"invalid.?(request|argument|parameter|prompt)|bad.?request|validation|{FILTERED}",
 }
 TOO_LARGE = re.compile(
     r"context.{0,20}(length|size|limit)|context.?window(?!. for this model)|reduce the length"
@@ -45,7 +45,6 @@ TOO_LARGE = re.compile(
     r"|must have less than \d+ tokens|max_new_tokens. must be",
     re.I,
 )
-FILTERED = re.compile(r"content.?(filter|policy)|moderation", re.I)
 
 
 def failure(status: int, said: Any, retry_after: int = 0) -> GroqError:
@@ -61,7 +60,7 @@ def failure(status: int, said: Any, retry_after: int = 0) -> GroqError:
     if status in (400, 500):  # servers use them for everything
         matching = (each for each, row in STATUSES.items() if re.search(row, words, re.I))
         status = next(matching, status)
-    if status == 400 and FILTERED.search(words):
+    if status == 400 and re.search(FILTERED, words, re.I):
         return GroqReplyEmpty(EMPTY["content_filter"])
     if is_in_200 and status >= 500 and status != 503:
         cause = " ".join(told) or (said if isinstance(said, str) else "")

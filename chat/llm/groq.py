@@ -60,6 +60,7 @@ class Groq:
             extensions={"timeout": {"connect": connect, "pool": connect, "read": read}},
         )
         self._options = parameters(self._chat_url.host, model, settings)
+        self._stream_options = stream_parameters(self._chat_url.host)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> TokenStream:
         """Give the tokens of a reply, a read at a time; raise `GroqError` if it fails."""
@@ -116,7 +117,7 @@ class Groq:
         """Send the request; return the response, which is among those to be closed."""
         options = {**self._options, "messages": messages}
         if reply.is_stream:
-            options |= stream_parameters(self._chat_url.host)
+            options |= self._stream_options
         request = self._request("POST", self._chat_url, content=msgspec.json.encode(options))
         # There is no client in front: what it adds, such as redirects, costs 0.06 ms a request.
         is_reused.set(False)

@@ -34,13 +34,11 @@ class Entry(NamedTuple):
 
     position: int
     kind: str  # text, completed, cancelled, failed or gone
-    text: (
-        str  # of the reply; why it was cut off, if it was; of the error; the reader it is gone for
-    )
+    text: str  # in this order: itself, why it was cut off, "", the error, the reader it is gone for
 
 
 BEYOND = "beyond"  # in place of a reader whose position the text does not have
-GONE = Entry((1 << 64) - 1, "gone", "")  # after every position
+AFTER_ALL = (1 << 64) - 1  # the position of `gone`
 
 
 class Handover:

@@ -166,9 +166,13 @@ def _connect(address: str, password: str) -> Server:
     return Redis.from_pool(BlockingConnectionPool.from_url(url, max_connections=50, **options))
 
 
+def hashed(secret: str) -> str:
+    """Return what stands for a conversation, a text or an address: no dump of Redis shows them."""
+    return sha256(secret.encode()).hexdigest()
+
+
 def hashed_key(kind: str, secret: str) -> str:
-    """Return the key for a conversation, a text or an address that no dump of Redis shows."""
-    return f"chat:{kind}:{sha256(secret.encode()).hexdigest()}"
+    return f"chat:{kind}:{hashed(secret)}"
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import { EndFollower } from "./scroll.js";
 
 /** A screen reader is read a reply up to here, and told of the rest. */
 const SPOKEN_CHARACTERS = 1000;
-/** Milliseconds that words for a screen reader stay: whoever reads on would meet them again. */
+/** Milliseconds that words for a screen reader stay: further reading would meet them again. */
 const ANNOUNCED = 10_000;
 
 const byId = (id) => document.getElementById(id);

@@ -11,7 +11,7 @@ let wake = () => {};
 window.addEventListener("online", () => wake());
 document.addEventListener("visibilitychange", () => document.hidden || wake());
 
-/** Read the reply to its end, and tell of all that comes. What is `asked` for it is an address and a
+/** Read the reply to its end, and report all that comes. What is `asked` for it is an address and a
  * request, or nothing after a reload. The signal cancels it. Throws as `eventsOf` does. */
 export async function readReply(exchange, asked, signal, onChange) {
   const address = `replies/${exchange.id}`;
