@@ -10,7 +10,7 @@ ChatError
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
-│                        GroqReplyEmpty, ReplyFailed, GroqTimeout 504; not asked:
+│                        GroqReplyEmpty, GroqTimeout 504; not asked:
 │                        GroqCircuitOpen 503, GroqQuotaExhausted 503
 └── about the client     ClientDisconnected 499, ReplyCancelled, ClientIdle /1001
 
@@ -48,7 +48,7 @@ class BinaryMessage(BadRequest):
 
 
 class BadPosition(BadRequest):
-    text = "the text has no position {}"
+    pass
 
 
 class OriginNotAllowed(ChatError):
@@ -123,7 +123,7 @@ class Draining(ChatError):
 class GroqError(ChatError):
     """`cause` is for the log: the class of an exception, or what was wrong with a response."""
 
-    status = 502
+    status, reason = 502, "failed"
     is_temporary: bool = False  # another attempt may succeed
     is_of_model: bool = False  # another model may succeed
     is_outage: bool = False  # Groq itself is failing: counts towards the circuit breaker
@@ -164,12 +164,6 @@ class GroqRefused(GroqError):
 class GroqFailed(GroqError):
     reason, text = "failed", "the language model service failed during the reply"
     is_temporary = is_outage = True
-
-
-class ReplyFailed(GroqError):
-    """How a reply that another replica ran has failed."""
-
-    reason = "failed"
 
 
 class GroqReplyBroken(GroqError):
@@ -219,6 +213,12 @@ class ClientIdle(ChatError):
 
 class InternalError(ChatError):
     close_code, text = 1011, "an internal error occurred"
+
+
+def relayed(name: str, text: str) -> ChatError:
+    """Return an error of this name that another replica has raised, or else one of Groq's."""
+    known = BadPosition, NothingLeft, ReplyCancelled, ReplyNotFound, ReplyTakenOver
+    return {each.__name__: each for each in known}.get(name, GroqError)(text)
 
 
 def reasons(root: type[ChatError] = ChatError) -> set[str]:

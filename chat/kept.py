@@ -3,58 +3,53 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from itertools import accumulate
+from itertools import accumulate, count
 from math import inf
-from sys import getsizeof
 from typing import Any
 from uuid import uuid4
 
 from chat import errors, metrics
 from chat.reply import Reply
-from chat.storage.handover import BEYOND, Entry, Handover
+from chat.storage.handover import Handover, Part
 
-READ_INTERVAL, LONGEST_INTERVAL = 0.05, 0.5  # seconds between two looks at a reply elsewhere
-ASK_AFTER = 0.5  # seconds of silence after which to ask whether the owner is alive
-FOLLOW_INTERVAL = 2.0  # seconds between two letters, which tell the owner who reads
-SILENT_OWNER = 1.5  # seconds without a sign of life after which the owner is gone
+SEND_INTERVAL = 0.05  # seconds between two parts of a text, at least
+LIFE_SIGN = 5  # intervals of silence after which an owner sends a part without text
+MAX_UNREAD = 20  # parts; more, and the reader is gone
+READ_INTERVAL = 0.1  # seconds between two looks at what the owner has sent
+SILENCE = 0.8  # seconds in which nothing came, not even a sign of life: ask for the rest anew
+MAX_ASKED = 3  # times in a row, then the owner is gone
 REDIS_PATIENCE = 10.0  # seconds to wait for Redis
-
-Leave = Callable[["KeptReply", object], None]
 
 
 class KeptReply:
-    """Its text, how it has ended, and who reads it."""
+    """Its text so far, how it has ended, and who reads it."""
 
     task: asyncio.Task[None]
-    end: Entry | None = None
+    end: Part | None = None
     error: errors.ChatError | None = None
-    reader: object = None  # the newest; a string if it is elsewhere
-    written: int | None = None  # up to where others can read it
-    _timer: asyncio.TimerHandle | None = None  # until a reader is missed, or it is forgotten
+    reader: object = None  # the newest
+    _timer: asyncio.TimerHandle | None = None  # until it is forgotten
 
     def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
         self.key, self.fingerprint, self.reply = key, fingerprint, reply
-        self.tokens: list[str] = []
-        self.length = self.readers = 0
-        self.changed = asyncio.Event()
+        self.readers, self.size, self.changed = 0, 0, asyncio.Event()
 
     @property
-    def size(self) -> int:
-        return 4_000 + sum(map(getsizeof, self.tokens))  # about what surrounds them
+    def last_position(self) -> int:
+        return self.end.position if self.end else len(self.reply.text)
 
-    def append(self, tokens: list[str]) -> None:
-        self.tokens += tokens
-        self.length += sum(map(len, tokens))
-        if self.reader is None:
-            metrics.CHAT_UNATTENDED_TOKENS.inc(len(tokens))
-        self.changed.set()
+    def parts(self) -> list[Part]:
+        """Return all that there is."""
+        text = Part(len(self.reply.text), "text", self.reply.text)
+        return [text, self.end] if self.end else [text]
 
-    def set_reader(self, reader: object, timer: asyncio.TimerHandle | None = None) -> None:
-        """Give it to a reader or to nobody; the one before is told so, and its timer stops."""
+    def set_reader(self, reader: object, *timer: Any) -> None:
+        """Give it to a reader or to nobody; the one before is told so, and the timer stops."""
         if self._timer:
             self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(*timer) if timer else None
         self.readers += bool(reader and reader != self.reader)
-        self.reader, self._timer = reader, timer
+        self.reader = reader
         self.note_change()
 
     def note_change(self) -> None:
@@ -65,26 +60,35 @@ class KeptReply:
         self.reply.unattended_since = now if is_unattended else inf
         self.changed.set()
 
-    def unwritten(self) -> list[Entry]:
-        """Return what other replicas cannot read yet."""
-        begin, entries = self.written or 0, list[Entry]()
-        if begin < self.length:
-            entries.append(Entry(self.length, "text", "".join(self.tokens)[begin:]))
-        if self.end and begin < self.end.position:
-            entries.append(self.end)
-        return entries
+    async def send_to(self, reader: str, after: int, handover: Handover) -> Part | None:
+        """Send a reader elsewhere all but the end, which is returned unless the reader leaves."""
+        _check(after, self.last_position, self.end)
+        begin = max(0, after - 1)  # the reader needs to know whether it is after a CR
+        self.set_reader(reader)
+        for tick in count():
+            end, text = self.end, self.reply.text[begin:]
+            if text or tick % LIFE_SIGN == 0:
+                begin += len(text)
+                if await handover.send(reader, Part(begin, "text", text)) > MAX_UNREAD:
+                    break
+            if self.reader != reader:
+                raise errors.ReplyTakenOver
+            if end:
+                return end
+            await asyncio.sleep(SEND_INTERVAL)
+        return None
 
 
 class Reading:
     """The tokens from a position on, in lists, and afterwards how the reply has ended."""
 
-    place, reader = "here", ""
-    end: Entry | None = None
+    place = "here"
+    end: Part | None = None
     truncated: str | None = None
     is_after_cr = False  # the text before what comes next ends with a CR
 
-    def __init__(self, kept: KeptReply, after: int, leave: Leave) -> None:
-        _check(after, kept.length, has_ended=kept.end is not None)
+    def __init__(self, kept: KeptReply, after: int, leave: Callable[..., None]) -> None:
+        _check(after, kept.last_position, kept.end)
         self.after = self.position = after
         self._kept, self._leave = kept, leave
 
@@ -110,21 +114,21 @@ class Reading:
         return {k: v for k, v in self._kept.reply.summary().items() if k != "duration_ms"}
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
-        kept = self._kept
+        kept, tokens = self._kept, self._kept.reply.sent
         kept.set_reader(self)
         try:
-            number, text = len(kept.tokens), "".join(kept.tokens)
+            number, text = len(tokens), kept.reply.text
             self.is_after_cr = text[: self.after].endswith("\r")
             if self.after < len(text):
                 yield [text[self.after :]]  # what was missed is one token
             while kept.reader is self:
                 kept.changed.clear()
-                if some := kept.tokens[number:]:
-                    number += len(some)
+                if number < len(tokens):
+                    some = tokens[number:]
+                    number = len(tokens)
                     yield some
                 elif kept.end:
-                    # One that failed before its first token is as if it had never begun.
-                    self.end = kept.end if kept.tokens or kept.end.kind != "failed" else None
+                    self.end = kept.end if kept.end.position else None
                     self.truncated = kept.reply.truncated
                     if kept.error:
                         raise kept.error
@@ -137,26 +141,24 @@ class Reading:
 
 
 class Elsewhere(Reading):
-    """A reply that another replica runs."""
+    """A reply that another replica runs, or has left in Redis."""
 
     place = "elsewhere"
 
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
-        self.after = self.position = self._fetched = after
+        self.after = self.position = self._received = after
         self._handover, self._key, self._owner = handover, key, owner
-        self.reader, self._asked_at = uuid4().hex, -inf
 
     async def cancel(self) -> None:
-        await self._handover.write_to(self._owner, f"cancel {self._key}")
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
-                while True:
-                    for _, kind, _ in await self._handover.read(self._key, self._fetched):
-                        if kind == "gone":
-                            raise errors.ReplyNotFound
-                        if kind != "text":
-                            return
+                parts = await self._ask("cancel")
+                while not parts:
                     await asyncio.sleep(READ_INTERVAL)
+                    parts = await self._handover.receive(self._reader)
+                if parts[0].kind == errors.ReplyNotFound.__name__:
+                    raise errors.ReplyNotFound
+                return
         raise errors.ReplyUnavailable
 
     def summary(self) -> dict[str, Any]:
@@ -164,66 +166,56 @@ class Elsewhere(Reading):
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         time = asyncio.get_running_loop().time
-        heard_at = reached_at = came_at = time()
-        while self.end is None:
+        heard_at, reached_at, asked = -inf, time(), 0
+        while not self.end:
             try:
-                for entry in await self._look(time()):
-                    if text := self._take(*entry):
-                        yield [text]
-                        heard_at = came_at = time()  # the client may have taken long
+                if time() - heard_at < SILENCE:
+                    parts = await self._handover.receive(self._reader)
+                elif asked == MAX_ASKED:
+                    metrics.resumes["lost"].inc()
+                    raise errors.ReplyNotFound
+                else:
+                    parts = await self._ask("follow")
+                    heard_at, asked = time(), asked + 1
                 reached_at = time()
-                if time() - heard_at > ASK_AFTER and await self._handover.is_alive(self._owner):
-                    heard_at = time()
             except errors.ReplyUnavailable:
-                heard_at = time()
-                if heard_at - reached_at > REDIS_PATIENCE:
+                if time() - reached_at > REDIS_PATIENCE:
                     raise
-            if time() - heard_at > SILENT_OWNER and not self.end:
-                metrics.resumes["lost"].inc()
-                raise errors.ReplyNotFound
-            pause = min(max(READ_INTERVAL, (time() - came_at) / 10), LONGEST_INTERVAL)
-            await asyncio.sleep(0 if self.end else pause)
-        _, kind, text = self.end
-        if kind != "completed":
-            raise errors.ReplyCancelled if kind == "cancelled" else errors.ReplyFailed(text)
-        self.truncated = text
+                parts = []
+            for part in parts:
+                if part.begin > self._received:  # some of it is lost
+                    heard_at = -inf
+                    break
+                if text := self._take(part):
+                    yield [text]
+                heard_at, asked = time(), 0
+            await asyncio.sleep(0 if self.end else READ_INTERVAL)
 
-    async def _look(self, now: float) -> list[Entry]:
-        """Return what may be new; tell the owner now and then who reads, and what they have."""
-        if now - self._asked_at >= FOLLOW_INTERVAL:
-            letter = f"follow {self._key} {self.reader} {self._fetched}"
-            await self._handover.write_to(self._owner, letter)
-            self._asked_at = now
-        if (reader := await self._handover.reader(self._key)) == BEYOND:
-            raise errors.BadPosition(self._fetched)
-        if reader not in (self.reader, ""):
-            raise errors.ReplyTakenOver
-        return await self._handover.read(self._key, self._fetched)
+    async def _ask(self, verb: str) -> list[Part]:
+        """Ask the owner for what was not received yet; return it if it was left in Redis."""
+        self._reader = uuid4().hex
+        await self._handover.ask(self._owner, verb, self._key, self._reader, self._received)
+        return await self._handover.find(self._key)
 
-    def _take(self, position: int, kind: str, text: str) -> str:
-        """Return what an entry adds to the text."""
-        begin, place = position - (len(text) if kind == "text" else 1), self._fetched
-        if kind == "gone":
-            if text == self.reader:  # an earlier reply of this id may have had others
-                raise errors.ReplyNotFound
-            return ""
-        if kind != "text":
-            _check(place, begin, has_ended=True)
-        is_second_half = 0 < begin == self.after and text.startswith("\n")  # of a CRLF, perhaps
-        if begin > place or (is_second_half and place == begin):
-            self._asked_at = -inf  # something is missing: the owner writes all of it
-        elif kind != "text":
-            self.end = Entry(position, kind, text)
-        elif position > place:
-            self._fetched = position
-            self.is_after_cr = text[: place - begin].endswith("\r")
-            return text[place - begin :]
+    def _take(self, part: Part) -> str:
+        """Return what a part adds to the text; raise `ChatError` as the reply or its owner did."""
+        if part.kind == "text":
+            known, self._received = self._received - part.begin, part.position
+            if known:
+                self.is_after_cr = part.text[:known].endswith("\r")
+            return part.text[known:]
+        if part.position:
+            _check(self.after, part.position, part)
+            self.end = part
+        if part.kind != "completed":
+            raise errors.relayed(part.kind, part.text)
+        self.truncated = part.text
         return ""
 
 
-def _check(after: int, length: int, *, has_ended: bool) -> None:
-    """Raise `ChatError` unless a text has something to read at a position."""
-    if has_ended and after == length + 1:
+def _check(after: int, last: int, end: Part | None) -> None:
+    """Raise `ChatError` unless there is something to read after a position, or will be."""
+    if end and after == last:
         raise errors.NothingLeft
-    if after > length:
-        raise errors.BadPosition(after)
+    if after > last:
+        raise errors.BadPosition(f"the text has no position {after}")

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, suppress
+from sys import getsizeof
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,14 +20,13 @@ from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest
 from chat.reply import Reply
 from chat.service import ChatService
-from chat.storage.handover import AFTER_ALL, BEYOND, Entry, Handover
+from chat.storage.handover import Handover, Part
 from chat.storage.redis import hashed
 
 logger = logging.getLogger(__name__)
 
 MAX_ENDED_BYTES = 64 << 20  # of replies that have ended and may still be read
-MAIL_INTERVAL = 0.05  # seconds between two looks for letters, and two writes of a replay
-ABSENT_READER = 5.0  # seconds without a letter after which a reader elsewhere has left
+MAIL_INTERVAL = 0.05  # seconds between two looks for letters of other replicas
 
 Admit = Callable[[], Awaitable[None]]
 
@@ -67,24 +67,18 @@ class Replies:
         """Answer the letters of other replicas whenever there are replies."""
         while True:
             if self._kept:
-                try:
+                with suppress(errors.ReplyUnavailable):
                     for letter in await self._handover.letters():
-                        await self._obey(*letter)
-                except errors.ReplyUnavailable:
-                    pass
-                except Exception:  # a bug must not end the service to others
-                    logger.exception("unexpected error in a letter of another replica")
-                followed = [kept for kept in self._kept.values() if kept.written is not None]
-                await asyncio.gather(*map(self._write, followed))
+                        self._in_background(self._answer_letter(*letter))
             await asyncio.sleep(MAIL_INTERVAL)
 
     async def hand_over(self) -> None:
-        """Write what is kept here for the other replicas, the newest first."""
-        with suppress(TimeoutError):
+        """Leave what is kept here to the other replicas, the newest first."""
+        with suppress(TimeoutError, errors.ReplyUnavailable):
             async with asyncio.timeout(3):
                 for kept in reversed([*self._kept.values()]):
-                    kept.written = 0
-                    await self._write(kept)
+                    await asyncio.wait([kept.task])
+                    await self._handover.leave(kept.key, kept.parts())
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -107,8 +101,6 @@ class Replies:
                 self._leave(kept, None)  # the connection may break before it is read
                 return Reading(kept, 0, self._leave)
         metrics.resumes[reading.place].inc()
-        # Before anything is sent: the client may be on its way elsewhere afterwards.
-        await self._handover.set_reader(key, reading.reader or self._handover.replica)
         return reading
 
     async def _find(self, key: str, fingerprint: str = "", after: int = 0) -> Reading | None:
@@ -128,52 +120,46 @@ class Replies:
         return None
 
     async def _run(self, kept: KeptReply, request: ChatRequest, admit: Admit) -> None:
+        reply = kept.reply
         try:
             await admit()
-            async with self._service.answer(request, kept.reply) as tokens:
+            async with self._service.answer(request, reply) as tokens:
                 async for some in tokens:
-                    kept.append(some)
+                    if kept.reader is None:
+                        metrics.CHAT_UNATTENDED_TOKENS.inc(len(some))
+                    kept.changed.set()
         except asyncio.CancelledError:  # nobody has come back
             kept.error = errors.ReplyNotFound()
-            self._forget(kept)
         except errors.ChatError as error:
             kept.error = error
-            if not (kept.tokens or kept.reply.is_cancelled):  # it may be sent again
-                await self._handover.release(kept.key)
-                self._forget(kept)
-        self._note_end(kept)
-
-    def _note_end(self, kept: KeptReply) -> None:
-        is_cancelled = isinstance(kept.error, errors.ReplyCancelled)
-        kind = "cancelled" if is_cancelled else "failed" if kept.error else "completed"
-        text = str(kept.error or kept.reply.truncated or "")
-        kept.end = Entry(kept.length + 1, kind, text)
+        is_void = bool(kept.error) and not (reply.sent or reply.is_cancelled)
+        if is_void:  # as if it had never begun: it may be sent again
+            await self._handover.release(kept.key)
+        if is_void or isinstance(kept.error, errors.ReplyNotFound):
+            self._forget(kept)
+        kind = type(kept.error).__name__ if kept.error else "completed"
+        text = str(kept.error or reply.truncated or "")
+        kept.end = Part(0 if is_void else len(reply.text) + 1, kind, text)
         kept.note_change()
         if self._kept.get(kept.key) is kept:
             self._kept[kept.key] = self._kept.pop(kept.key)
+            kept.size = 4_000 + sum(map(getsizeof, reply.sent))  # about what surrounds them
             self._ended_bytes += kept.size
             while self._ended_bytes > MAX_ENDED_BYTES:
                 self._forget(next(each for each in self._kept.values() if each.end))
-        error, outcome = kept.reply.error, kept.reply.outcome
-        if error and not isinstance(kept.reader, Reading):
-            metrics.errors[error.reason].inc()  # which no request's line will count
-        if error or outcome != "failed":  # otherwise it was not admitted
-            fields = kept.reply.summary() | {"resumed": max(0, kept.readers - 1)}
-            level = logging.WARNING if outcome == "failed" else logging.INFO
-            logger.log(level, "reply %s", outcome, extra={"fields": fields})
+        log_end(kept)
 
     def _leave(self, kept: KeptReply, reader: object) -> None:
         """Note that a reader has gone, unless another has taken the reply over."""
-        if kept.reader is reader and self._kept.get(kept.key) is kept:
-            call_later = asyncio.get_running_loop().call_later
-            kept.set_reader(None, call_later(self._timeout, self._forget, kept))
+        if kept.reader == reader and self._kept.get(kept.key) is kept:
+            kept.set_reader(None, self._timeout, self._forget, kept)
             if reader and not kept.end:  # Redis may have been away at the beginning
                 self._in_background(self._handover.claim(kept.key, kept.fingerprint))
 
     def _forget(self, kept: KeptReply) -> None:
         if self._kept.get(kept.key) is kept:
             del self._kept[kept.key]
-            self._ended_bytes -= kept.size if kept.end else 0
+            self._ended_bytes -= kept.size
             kept.set_reader(kept.reader)  # without a timer
             kept.task.cancel()  # of no effect once it has ended
 
@@ -182,28 +168,37 @@ class Replies:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _obey(self, verb: str, key: str, reader: str = "", after: str = "0") -> None:
+    async def _answer_letter(self, verb: str, key: str, reader: str, after: str) -> None:
+        """Do what a reader at another replica asks for; send it the reply, or an error."""
         kept = self._kept.get(key)
-        if kept is None:
-            if (await self._handover.claim(key))[0] in ("", self._handover.replica):
-                await self._handover.write(key, [Entry(AFTER_ALL, "gone", reader)], anew=True)
-        elif verb == "cancel":
-            kept.reply.cancel()
-            kept.written = kept.written or 0  # its end confirms the cancel
-        elif int(after) > kept.length + bool(kept.end):
-            await self._handover.set_reader(key, BEYOND)
-        elif reader == kept.reader or await self._handover.reader(key) in (reader, ""):
-            if reader != kept.reader or int(after) < (kept.written or 0):
-                kept.written = 0  # nothing that is of use
-            call_later = asyncio.get_running_loop().call_later
-            kept.set_reader(reader, call_later(ABSENT_READER, self._leave, kept, reader))
+        with suppress(errors.ReplyUnavailable):  # the reader asks again
+            try:
+                if kept is None:
+                    raise errors.ReplyNotFound
+                if verb == "cancel":
+                    await Reading(kept, 0, self._leave).cancel()
+                    last = kept.end
+                else:
+                    last = await kept.send_to(reader, int(after), self._handover)
+            except errors.ReplyUnavailable:
+                raise
+            except errors.ChatError as error:
+                last = Part(0, type(error).__name__, str(error))
+            finally:
+                if kept:
+                    self._leave(kept, reader)
+            if last:
+                await self._handover.send(reader, last)
 
-    async def _write(self, kept: KeptReply) -> None:
-        """Write what others cannot read yet; all of it, anew, if nothing is known to be there."""
-        if entries := kept.unwritten():
-            with suppress(errors.ReplyUnavailable):
-                await self._handover.write(kept.key, entries, anew=not kept.written)
-                kept.written = entries[-1].position
+
+def log_end(kept: KeptReply) -> None:
+    reply, error = kept.reply, kept.reply.error
+    if error and not isinstance(kept.reader, Reading):
+        metrics.errors[error.reason].inc()  # which no request's line will count
+    if error or reply.outcome != "failed":  # otherwise it was not admitted
+        fields = reply.summary() | {"resumed": max(0, kept.readers - 1)}
+        level = logging.WARNING if reply.outcome == "failed" else logging.INFO
+        logger.log(level, "reply %s", reply.outcome, extra={"fields": fields})
 
 
 def _fingerprint(request: ChatRequest) -> str:

@@ -1,51 +1,49 @@
 """
-What replicas tell each other about kept replies, through Redis. A replay is a stream whose ids are
-positions in the text, `0-<end>`: an entry begins at its id less its length, so that a reader cuts
-what overlaps and sees what is missing.
+What replicas tell each other about kept replies, through Redis: whose a reply is, what the readers
+of other replicas ask its owner for, and what it sends to each of them.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
-from math import ceil, inf
-from time import monotonic
+from math import ceil
 from typing import Any, NamedTuple
 from uuid import uuid4
+
+import msgspec
 
 from chat import errors
 from chat.config import Settings
 from chat.storage.redis import RedisClient
 
-ALIVE_INTERVAL = 1.0  # seconds
+TTL = 10  # seconds that a letter or a part of a reply waits for its reader
 CLAIM = """
 if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return '' end
 return redis.call('GET', KEYS[1]) or ''
 """
-SEND = "redis.call('RPUSH', KEYS[1], ARGV[1]) redis.call('EXPIRE', KEYS[1], 10)"
-# ARGV: expiry, `anew` or empty, then id, kind and text of each entry; a repeated one is refused.
-WRITE = """
-if ARGV[2] == 'anew' then redis.call('DEL', KEYS[1]) end
-for n = 3, #ARGV, 3 do redis.pcall('XADD', KEYS[1], ARGV[n], ARGV[n + 1], ARGV[n + 2]) end
-redis.call('EXPIRE', KEYS[1], ARGV[1])
+PUSH = """
+redis.call('RPUSH', KEYS[1], ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('LLEN', KEYS[1])
 """
 
 
-class Entry(NamedTuple):
-    """A part of a text, or its end: completed, cancelled, failed, or its owner has it no more."""
+class Part(NamedTuple):
+    """A part of a reply's text, or its end."""
 
-    position: int
-    kind: str  # text, completed, cancelled, failed or gone
-    text: str  # in this order: itself, why it was cut off, "", the error, the reader it is gone for
+    position: int  # where it ends; the end of a reply is one further than its text
+    kind: str  # text, completed, or the name of an error
+    text: str  # in this order: itself, why it was cut off, what the error says
 
-
-BEYOND = "beyond"  # in place of a reader whose position the text does not have
-AFTER_ALL = (1 << 64) - 1  # the position of `gone`
+    @property
+    def begin(self) -> int:
+        return self.position - (len(self.text) if self.kind == "text" else 1)
 
 
 class Handover:
     """One replica's side; without Redis, or while it is away, `ReplyUnavailable` is raised."""
 
     def __init__(self, redis: RedisClient | None, settings: Settings) -> None:
-        self.replica, self._shown_at = uuid4().hex, -inf
+        self.replica = uuid4().hex
         self._redis = redis if settings.resume_timeout else None
         self._replay_ttl = ceil(settings.resume_timeout)
         self._claim_ttl = ceil(settings.reply_timeout + settings.resume_timeout)
@@ -64,45 +62,40 @@ class Handover:
         return owner, of
 
     async def release(self, key: str) -> None:
-        """Let the id be used again, and not be taken by a reader of the reply that has failed."""
+        """Let the id of a reply that has failed be used again."""
         with suppress(errors.ReplyUnavailable):
-            await self._execute("SET", f"chat:reader:{key}", self.replica, "EX", 10)
             await self._execute("DEL", f"chat:reply:{key}")
 
-    async def write_to(self, owner: str, letter: str) -> None:
-        await self._execute("EVAL", SEND, 1, f"chat:mail:{owner}", letter)
+    async def ask(self, owner: str, *words: str | int) -> None:
+        """Write a letter to another replica."""
+        await self._push(f"chat:mail:{owner}", " ".join(map(str, words)))
 
     async def letters(self) -> list[list[str]]:
-        """Return what others have written, and show them that this replica is alive."""
-        if monotonic() - self._shown_at >= ALIVE_INTERVAL:
-            await self._execute("SET", f"chat:alive:{self.replica}", 1, "EX", 2)
-            self._shown_at = monotonic()
-        found = await self._execute("LPOP", f"chat:mail:{self.replica}", 100)
+        """Return what others have written."""
+        found = await self._execute("LPOP", f"chat:mail:{self.replica}", 1000)
         return [letter.decode().split() for letter in found or ()]
 
-    async def is_alive(self, owner: str) -> bool:
-        return bool(await self._execute("EXISTS", f"chat:alive:{owner}"))
+    async def send(self, reader: str, part: Part) -> int:
+        """Send a part to a reader; return how many it has not taken yet."""
+        return await self._push(f"chat:reader:{reader}", msgspec.json.encode(part))
 
-    async def set_reader(self, key: str, reader: str) -> None:
-        """Let a reader take a reply over from the one before."""
-        with suppress(errors.ReplyUnavailable):
-            await self._execute("SET", f"chat:reader:{key}", reader, "EX", self._claim_ttl)
+    async def receive(self, reader: str) -> list[Part]:
+        found = await self._execute("LPOP", f"chat:reader:{reader}", 1000)
+        return [msgspec.json.decode(part, type=Part) for part in found or ()]
 
-    async def reader(self, key: str) -> str:
-        return (await self._execute("GET", f"chat:reader:{key}") or b"").decode()
+    async def leave(self, key: str, parts: Sequence[Part]) -> None:
+        """Leave a reply in Redis for the time after this replica's end."""
+        whole = msgspec.json.encode(parts)
+        await self._execute("SET", f"chat:replay:{key}", whole, "EX", self._replay_ttl)
 
-    async def write(self, key: str, entries: Sequence[Entry], *, anew: bool = False) -> None:
-        values = [text for at, *rest in entries for text in (f"0-{at}", *rest)]
-        ttl = 1 if entries[-1].kind == "gone" else self._replay_ttl
-        write = "EVAL", WRITE, 1, f"chat:replay:{key}", ttl, "anew" * anew
-        await self._execute(*write, *values)
+    async def find(self, key: str) -> list[Part]:
+        """Return a reply whose owner has ended; nothing if it has not."""
+        found = await self._execute("GET", f"chat:replay:{key}")
+        return msgspec.json.decode(found or b"[]", type=list[Part])
 
-    async def read(self, key: str, after: int) -> list[Entry]:
-        """Return what comes after a position; the last entry, even where it does not."""
-        found = await self._execute("XRANGE", f"chat:replay:{key}", f"(0-{after}", "+")
-        last = "XREVRANGE", f"chat:replay:{key}", "+", "-", "COUNT", 1
-        entries = [(at, *fields.popitem()) for at, fields in found or await self._execute(*last)]
-        return [Entry(int(at[2:]), kind.decode(), text.decode()) for at, kind, text in entries]
+    async def _push(self, key: str, value: str | bytes) -> int:
+        length: int = await self._execute("EVAL", PUSH, 1, key, value, TTL)
+        return length
 
     async def _execute(self, *command: str | int | bytes) -> Any:
         if not (self._redis and self._redis.is_up):  # a chat that begins does not wait for it
