@@ -27,20 +27,21 @@ class KeptReply:
     task: asyncio.Task[None]
     end: Part | None = None
     error: errors.ChatError | None = None
-    reader: object = None  # the newest
+    reader: object = None  # who reads it now
     _timer: asyncio.TimerHandle | None = None  # until it is forgotten
 
     def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
         self.key, self.fingerprint, self.reply = key, fingerprint, reply
-        self.readers, self.size, self.changed = 0, 0, asyncio.Event()
+        self.readers: list[object] = []  # so far; only the last may have it back
+        self.size, self.changed = 0, asyncio.Event()
 
     @property
     def last_position(self) -> int:
-        return self.end.position if self.end else len(self.reply.text)
+        return len(self.reply.text) + bool(self.end)
 
     def parts(self) -> list[Part]:
         """Return all that there is."""
-        text = Part(len(self.reply.text), "text", self.reply.text)
+        text = Part(0, "text", self.reply.text)
         return [text, self.end] if self.end else [text]
 
     def set_reader(self, reader: object, *timer: Any) -> None:
@@ -48,7 +49,6 @@ class KeptReply:
         if self._timer:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(*timer) if timer else None
-        self.readers += bool(reader and reader != self.reader)
         self.reader = reader
         self.note_change()
 
@@ -62,15 +62,20 @@ class KeptReply:
 
     async def send_to(self, reader: str, after: int, handover: Handover) -> Part | None:
         """Send a reader elsewhere all but the end, which is returned unless the reader leaves."""
+        name = reader.partition(":")[0]
+        if name in self.readers[:-1]:
+            raise errors.ReplyTakenOver
+        if name not in self.readers:
+            self.readers.append(name)
         _check(after, self.last_position, self.end)
         begin = max(0, after - 1)  # the reader needs to know whether it is after a CR
         self.set_reader(reader)
         for tick in count():
             end, text = self.end, self.reply.text[begin:]
             if text or tick % LIFE_SIGN == 0:
-                begin += len(text)
                 if await handover.send(reader, Part(begin, "text", text)) > MAX_UNREAD:
                     break
+                begin += len(text)
             if self.reader != reader:
                 raise errors.ReplyTakenOver
             if end:
@@ -115,6 +120,7 @@ class Reading:
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         kept, tokens = self._kept, self._kept.reply.sent
+        kept.readers.append(self)
         kept.set_reader(self)
         try:
             number, text = len(tokens), kept.reply.text
@@ -128,7 +134,7 @@ class Reading:
                     number = len(tokens)
                     yield some
                 elif kept.end:
-                    self.end = kept.end if kept.end.position else None
+                    self.end = kept.end if kept.end.begin >= 0 else None
                     self.truncated = kept.reply.truncated
                     if kept.error:
                         raise kept.error
@@ -148,14 +154,15 @@ class Elsewhere(Reading):
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
         self.after = self.position = self._received = after
         self._handover, self._key, self._owner = handover, key, owner
+        self._name = uuid4().hex
 
     async def cancel(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
-                parts = await self._ask("cancel")
+                reader, parts = await self._ask("cancel")
                 while not parts:
                     await asyncio.sleep(READ_INTERVAL)
-                    parts = await self._handover.receive(self._reader)
+                    parts = await self._handover.receive(reader)
                 if parts[0].kind == errors.ReplyNotFound.__name__:
                     raise errors.ReplyNotFound
                 return
@@ -166,16 +173,16 @@ class Elsewhere(Reading):
 
     async def _read(self) -> AsyncGenerator[list[str], None]:
         time = asyncio.get_running_loop().time
-        heard_at, reached_at, asked = -inf, time(), 0
+        reader, heard_at, reached_at, asked = "", -inf, time(), 0
         while not self.end:
             try:
                 if time() - heard_at < SILENCE:
-                    parts = await self._handover.receive(self._reader)
+                    parts = await self._handover.receive(reader)
                 elif asked == MAX_ASKED:
                     metrics.resumes["lost"].inc()
                     raise errors.ReplyNotFound
                 else:
-                    parts = await self._ask("follow")
+                    reader, parts = await self._ask("follow")
                     heard_at, asked = time(), asked + 1
                 reached_at = time()
             except errors.ReplyUnavailable:
@@ -191,21 +198,22 @@ class Elsewhere(Reading):
                 heard_at, asked = time(), 0
             await asyncio.sleep(0 if self.end else READ_INTERVAL)
 
-    async def _ask(self, verb: str) -> list[Part]:
-        """Ask the owner for what was not received yet; return it if it was left in Redis."""
-        self._reader = uuid4().hex
-        await self._handover.ask(self._owner, verb, self._key, self._reader, self._received)
-        return await self._handover.find(self._key)
+    async def _ask(self, verb: str) -> tuple[str, list[Part]]:
+        """Ask the owner for more; return where it will come, and the reply if it was left."""
+        reader = f"{self._name}:{uuid4().hex}"
+        await self._handover.ask(self._owner, verb, self._key, reader, self._received)
+        return reader, await self._handover.find(self._key)
 
     def _take(self, part: Part) -> str:
         """Return what a part adds to the text; raise `ChatError` as the reply or its owner did."""
         if part.kind == "text":
-            known, self._received = self._received - part.begin, part.position
+            known = self._received - part.begin
+            self._received = part.begin + len(part.text)
             if known:
                 self.is_after_cr = part.text[:known].endswith("\r")
             return part.text[known:]
-        if part.position:
-            _check(self.after, part.position, part)
+        if part.begin >= 0:
+            _check(self.after, part.begin + 1, part)
             self.end = part
         if part.kind != "completed":
             raise errors.relayed(part.kind, part.text)

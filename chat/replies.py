@@ -139,7 +139,7 @@ class Replies:
             self._forget(kept)
         kind = type(kept.error).__name__ if kept.error else "completed"
         text = str(kept.error or reply.truncated or "")
-        kept.end = Part(0 if is_void else len(reply.text) + 1, kind, text)
+        kept.end = Part(-1 if is_void else len(reply.text), kind, text)
         kept.note_change()
         if self._kept.get(kept.key) is kept:
             self._kept[kept.key] = self._kept.pop(kept.key)
@@ -183,7 +183,7 @@ class Replies:
             except errors.ReplyUnavailable:
                 raise
             except errors.ChatError as error:
-                last = Part(0, type(error).__name__, str(error))
+                last = Part(-1, type(error).__name__, str(error))
             finally:
                 if kept:
                     self._leave(kept, reader)
@@ -196,7 +196,7 @@ def log_end(kept: KeptReply) -> None:
     if error and not isinstance(kept.reader, Reading):
         metrics.errors[error.reason].inc()  # which no request's line will count
     if error or reply.outcome != "failed":  # otherwise it was not admitted
-        fields = reply.summary() | {"resumed": max(0, kept.readers - 1)}
+        fields = reply.summary() | {"resumed": max(0, len(kept.readers) - 1)}
         level = logging.WARNING if reply.outcome == "failed" else logging.INFO
         logger.log(level, "reply %s", reply.outcome, extra={"fields": fields})
 

@@ -22,6 +22,7 @@ from tests.servers import (
     RedisServer,
     Service,
     connected,
+    everything_from,
     free_port,
     part_of,
     raw_chat,
@@ -109,6 +110,24 @@ def test_a_full_window_holds_up_nobody(pair: Pair, groq: FakeGroq, place: int) -
             groq.release()
             *rest, last = (event.data for event in tokens)
             assert (length + sum(map(len, rest)), last) == (12_000_001, "[DONE]")
+
+
+def test_a_reader_who_was_away_for_long_does_not_take_it_back(pair: Pair, groq: FakeGroq) -> None:
+    groq.on("large", Script([*["x" * 1000] * 12_000, "z"], hold_before_token=12_000))
+    (owner, other), asked = pair, new("large")
+    assert part_of(owner, asked, cut=EVENT).status == 200
+    with connected(other) as connection:
+        connection.sendall(
+            raw_chat("large", "Connection: close", reply=asked["reply"], stream=True)
+        )
+        wait_until(lambda: owner.metric("chat_replies_unattended") == 0)
+        wait_until(lambda: owner.metric("chat_replies_unattended") == 1)  # nothing is taken
+        with reading(owner, asked) as tokens:
+            assert next(tokens).data[:1] == "x"
+            assert b"another connection has resumed" in everything_from(connection)
+            groq.release()
+            *_, last = tokens
+    assert last.data == "[DONE]"
 
 
 def test_what_is_wrong_foreign_or_huge_gives_no_text(pair: Pair, groq: FakeGroq) -> None:

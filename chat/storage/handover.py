@@ -30,13 +30,9 @@ return redis.call('LLEN', KEYS[1])
 class Part(NamedTuple):
     """A part of a reply's text, or its end."""
 
-    position: int  # where it ends; the end of a reply is one further than its text
+    begin: int  # its place in the text; -1 for what does not end the reply
     kind: str  # text, completed, or the name of an error
     text: str  # in this order: itself, why it was cut off, what the error says
-
-    @property
-    def begin(self) -> int:
-        return self.position - (len(self.text) if self.kind == "text" else 1)
 
 
 class Handover:
