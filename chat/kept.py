@@ -65,9 +65,9 @@ class KeptReply:
         name = reader.partition(":")[0]
         if name in self.readers[:-1]:
             raise errors.ReplyTakenOver
+        _check(after, self.last_position, self.end)
         if name not in self.readers:
             self.readers.append(name)
-        _check(after, self.last_position, self.end)
         begin = max(0, after - 1)  # the reader needs to know whether it is after a CR
         self.set_reader(reader)
         for tick in count():

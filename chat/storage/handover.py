@@ -21,9 +21,9 @@ if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) th
 return redis.call('GET', KEYS[1]) or ''
 """
 PUSH = """
-redis.call('RPUSH', KEYS[1], ARGV[1])
+local length = redis.call('RPUSH', KEYS[1], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
-return redis.call('LLEN', KEYS[1])
+return length
 """
 
 

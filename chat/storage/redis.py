@@ -28,8 +28,7 @@ Server = Redis | RedisCluster
 Command = Sequence[str | int | bytes]
 # The service's commands, also in scripts: a full Redis, or a replica, responds to PING.
 PROBE = ["SET KEY 1 PX 1000", "GET KEY", "DEL KEY", "RPUSH KEY 1", "PEXPIRE KEY 1000", "LPOS KEY 1"]
-PROBE += ["LRANGE KEY 0 -1", "LTRIM KEY 0 0", "EXPIRE KEY 1", "LPOP KEY 1", "EXISTS KEY"]
-PROBE += ["XADD KEY NOMKSTREAM 0-1 text 1", "XRANGE KEY (0-1 +", "XREVRANGE KEY + - COUNT 1"]
+PROBE += ["LRANGE KEY 0 -1", "LTRIM KEY 0 0", "EXPIRE KEY 1", "LPOP KEY 1"]
 PROBE += ["EVAL redis.call('TIME') 1 KEY"]
 PLAIN_WORDS: Any = {TimeoutError: "no response, or no TLS", InvalidResponse: "it is not Redis"}
 
