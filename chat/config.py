@@ -105,8 +105,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         limit, workers, wrong = self.context_tokens, self.web_concurrency, ""
         if self.max_tokens >= limit:
             wrong = f"MAX_TOKENS must be less than CONTEXT_TOKENS ({limit}), not {self.max_tokens}"
-        elif self.metrics_port == self.port:
-            wrong = f"METRICS_PORT must differ from PORT; both are {self.port}"
         elif self.fallback_model == self.model:
             wrong = f"FALLBACK_MODEL must differ from MODEL; both are {self.model!r}"
         elif self.history_store == "redis" and not self.redis_addr:
