@@ -142,7 +142,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def create_app(settings: config.Settings) -> Starlette:
-    allowed = [origins.plain(each) for each in config.parts(settings.allowed_origins)]
+    allowed = [origins.plain(each) for each in settings.allowed_origins.replace(",", " ").split()]
     layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
     layers.append(Middleware(middleware.RequestMiddleware))
     layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))

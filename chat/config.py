@@ -115,10 +115,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingsError(wrong)
 
 
-def parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def load_settings(environ: Mapping[str, str] = os.environ, file: str | Path = ".env") -> Settings:
     """Read them from the environment, or from a file; raise `SettingsError` if one is wrong."""
     try:
@@ -142,8 +138,8 @@ def _parse(field: str, given: str, hint: Any) -> Any:
         given = BOOLEANS.get(given.lower(), given) if kind is bool else given
         value = msgspec.convert(given, hint, strict=False)
         # What no pattern finds, and would fail later, in each request:
-        for network in parts(value) if field == "trusted_proxies" else ():
-            ip_network(network)
+        for network in value.rstrip(", ").split(",") if field == "trusted_proxies" else ():
+            ip_network(network.strip())
         if field in ("groq_base_url", "redis_addr"):
             for node in value.rpartition("://")[2].rpartition("@")[2].split(","):
                 address = urlsplit(f"//{node}")

@@ -1,7 +1,7 @@
 """The prompt: which exchanges are sent along with a question. Pure functions."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from chat.errors import BadRequest
 from chat.messages import Exchange, Message
@@ -22,10 +22,8 @@ def fit(history: Sequence[Exchange], *, fixed: int, room: int, step: int) -> Seq
     """Return the newest exchanges that fit into `room` tokens beside what is `fixed`."""
     if (excess := fixed - room) > 0:
         raise BadRequest(f"the message is too large by about {excess} tokens: at most {room} fit")
-    begin, tokens = 0, fixed + sum(exchange.tokens for exchange in history)
-    while tokens > room:
-        tokens -= history[begin].tokens
-        begin += 1
+    sizes = accumulate(exchange.tokens for exchange in reversed(history))
+    begin = len(history) - sum(size <= room - fixed for size in sizes)
     # The next prompts begin there too: Groq's prompt cache holds for an unchanged beginning only.
     aligned = (n for n in range(begin, len(history)) if n == 0 or history[n].number % step == 0)
     return history[next(aligned, begin) :]

@@ -75,7 +75,6 @@ class TokenCounts:
 
 
 def total(counts: Sequence[Count]) -> Count:
-    """Return the sum of some counts."""
     return Count(sum(count.tokens for count in counts), all(count.is_exact for count in counts))
 
 
