@@ -142,9 +142,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def create_app(settings: config.Settings) -> Starlette:
-    allowed = [origins.plain(each) for each in config.parts(settings.allowed_origins)]
-    proxies = config.parts(settings.trusted_proxies)
-    layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)] * bool(proxies)
+    allowed = [origins.plain(each) for each in settings.allowed_origins.replace(",", " ").split()]
+    layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
     layers.append(Middleware(middleware.RequestMiddleware))
     layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))
     layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
@@ -237,7 +236,8 @@ def main() -> None:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory.name  # inherited by the workers
     serve_metrics(settings)
     logs.configure(settings.log_level)
-    logging.getLogger("chat").info("listening on %s", [s.getsockname()[:2] for s in listeners])
+    addresses = ", ".join(listener.getsockname()[0] for listener in listeners)
+    logging.getLogger("chat").info("listening on port %d of %s", settings.port, addresses)
     if settings.web_concurrency == 1:
         return uvicorn.Server(options).run(listeners)
     workers = Workers(options, listeners)

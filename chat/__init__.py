@@ -8,8 +8,6 @@ messages  what clients send           errors, config, logs, metrics
 api/      what clients touch: HTTP, event streams, WebSockets, limits, the chat page
 storage/  what is kept: conversations, in this process or in Redis
 llm/      whom it asks: Groq, with retries, a circuit breaker and a fallback
-
-Imports run downwards: server, api, service, tokens, {storage, llm}, the rest.
 """
 
 __version__ = "1.0.0"

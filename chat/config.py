@@ -105,8 +105,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         limit, workers, wrong = self.context_tokens, self.web_concurrency, ""
         if self.max_tokens >= limit:
             wrong = f"MAX_TOKENS must be less than CONTEXT_TOKENS ({limit}), not {self.max_tokens}"
-        elif self.metrics_port == self.port:
-            wrong = f"METRICS_PORT must differ from PORT; both are {self.port}"
         elif self.fallback_model == self.model:
             wrong = f"FALLBACK_MODEL must differ from MODEL; both are {self.model!r}"
         elif self.history_store == "redis" and not self.redis_addr:
@@ -115,10 +113,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             wrong = f"WEB_CONCURRENCY={workers} needs HISTORY_STORE=redis: each worker has its own"
         if wrong:
             raise SettingsError(wrong)
-
-
-def parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def load_settings(environ: Mapping[str, str] = os.environ, file: str | Path = ".env") -> Settings:
@@ -144,8 +138,8 @@ def _parse(field: str, given: str, hint: Any) -> Any:
         given = BOOLEANS.get(given.lower(), given) if kind is bool else given
         value = msgspec.convert(given, hint, strict=False)
         # What no pattern finds, and would fail later, in each request:
-        for network in parts(value) if field == "trusted_proxies" else ():
-            ip_network(network)
+        for network in value.rstrip(", ").split(",") if field == "trusted_proxies" else ():
+            ip_network(network.strip())
         if field in ("groq_base_url", "redis_addr"):
             for node in value.rpartition("://")[2].rpartition("@")[2].split(","):
                 address = urlsplit(f"//{node}")

@@ -3,7 +3,6 @@
 import logging
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from contextlib import suppress
@@ -16,8 +15,8 @@ import msgspec
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 MAX_QUEUED = 10_000  # lines that may wait to be written; beyond that the oldest are dropped
-WRITE_INTERVAL = 0.02  # seconds; a thread that wakes for each line takes the interpreter each time
-FLUSH_TIMEOUT = 1.0  # seconds to wait at shutdown for a stdout that nobody reads
+WRITE_INTERVAL = 0.05  # seconds; a thread that wakes for each line takes the interpreter each time
+CLOSE_TIMEOUT = 1.0  # seconds to wait at shutdown for a stdout that nobody reads
 
 
 def json_line(record: logging.LogRecord) -> str:
@@ -44,36 +43,33 @@ class LineHandler(logging.Handler):
         # Not sys.stdout, whose lock Python takes at exit: it would wait for a write that hangs.
         self._output = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         self._lines = deque[str](maxlen=MAX_QUEUED)
-        self._is_behind = threading.Event()  # from a line's coming until all are written
-        threading.Thread(target=self._write_forever, daemon=True).start()
+        self._is_closing = threading.Event()
+        self._writer = threading.Thread(target=self._write_until_closed, daemon=True)
+        self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.append(json_line(record))
-            self._is_behind.set()
         except Exception:  # noqa: BLE001  (as each handler of logging does)
             self.handleError(record)
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Wait until what is queued has been written; logging does so at the end."""
-        deadline = time.monotonic() + FLUSH_TIMEOUT
-        while (self._lines or self._is_behind.is_set()) and time.monotonic() < deadline:
-            time.sleep(WRITE_INTERVAL / 2)
+        self._is_closing.set()
+        self._writer.join(CLOSE_TIMEOUT)
+        super().close()
 
-    def _write_forever(self) -> None:
-        while self._is_behind.wait():
-            time.sleep(WRITE_INTERVAL)
+    def _write_until_closed(self) -> None:
+        while not self._is_closing.wait(WRITE_INTERVAL) or self._lines:
             with suppress(OSError):  # a full disk, for example
                 self._output.write("".join(self._lines.popleft() for _ in range(len(self._lines))))
                 self._output.flush()
-            self._is_behind.clear()
-            if self._lines:
-                self._is_behind.set()
 
 
 def configure(level: str) -> None:
     """Send all logging to stdout as JSON; our line for each request replaces uvicorn's."""
-    logging.basicConfig(level=level.upper(), handlers=[LineHandler(level.upper())], force=True)
+    logging.basicConfig(handlers=[LineHandler(level.upper())], force=True)
+    logging.getLogger("chat").setLevel(level.upper())  # libraries stay at warnings, without content
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
@@ -81,5 +77,3 @@ def configure(level: str) -> None:
     # Lines about each WebSocket have its raw path, or a traceback, whenever a client likes.
     lines = ('%s - "WebSocket %s"', "connection ", "Invalid UTF-8 sequence")
     logging.getLogger("uvicorn.error").addFilter(lambda line: not str(line.msg).startswith(lines))
-    for name in ("httpx", "httpcore", "aiohttp", "redis", "websockets"):
-        logging.getLogger(name).setLevel(logging.WARNING)

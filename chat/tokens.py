@@ -51,9 +51,8 @@ class TokenCounts:
         if not 0 < tokens <= len(message.content.encode()) + MAX_TEMPLATE_TOKENS:
             return False
         key = self._key(message)
-        if self._known.get(key) != tokens:
-            self._remember({key: tokens})
-            self._to_share.append(("SET", key, tokens, "EX", 86_400))
+        self._remember({key: tokens})
+        self._to_share.append(("SET", key, tokens, "EX", 86_400))
         return True
 
     async def share_forever(self) -> None:
@@ -76,7 +75,6 @@ class TokenCounts:
 
 
 def total(counts: Sequence[Count]) -> Count:
-    """Return the sum of some counts."""
     return Count(sum(count.tokens for count in counts), all(count.is_exact for count in counts))
 
 

@@ -110,7 +110,6 @@ def test_settings_that_do_not_go_together_are_told() -> None:
     for told, environ in {
         "WEB_CONCURRENCY=2 needs HISTORY_STORE=redis: each worker": {"WEB_CONCURRENCY": "2"},
         "HISTORY_STORE=redis needs REDIS_ADDR": {"HISTORY_STORE": "redis", "REDIS_ADDR": ""},
-        "METRICS_PORT must differ from PORT; both are 8000": {"METRICS_PORT": "8000"},
         "FALLBACK_MODEL must differ from MODEL; both": {"FALLBACK_MODEL": "a", "MODEL": "a"},
     }.items():
         with pytest.raises(SettingsError, match=told):

@@ -24,7 +24,7 @@ import logging, sys
 from chat import logs
 logs.configure("info")
 for number in range({COUNT}):
-    logging.info("line %d", number)
+    logging.getLogger("chat").info("line %d", number)
 print("done", file=sys.stderr, flush=True)
 """
 """A program that logs more than may wait, however long its output is not read."""

@@ -62,6 +62,9 @@ def test_a_port_in_use_stops_startup_with_one_line(service: Service) -> None:
     for command, name in ((PYTHON, "PORT"), (PYTHON, "METRICS_PORT"), (UVICORN, "METRICS_PORT")):
         error = f"error: {name} {service.port} cannot be used: Address already in use"
         stops_with(error, run(command, **{**HOST, "PORT": free_port(), name: service.port}))
+    both = {"PORT": (port := free_port()), "METRICS_PORT": port}
+    error = f"error: METRICS_PORT {port} cannot be used: Address already in use"
+    stops_with(error, run(PYTHON, **{**HOST, **both}))
 
 
 def test_importing_the_server_does_nothing() -> None:
@@ -108,7 +111,9 @@ def test_the_service_and_its_metrics_listen_on_host_alone(
     found = listening(service)
     assert {("127.0.0.1", service.port), ("127.0.0.1", port)} <= found
     assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
-    assert "('127.0.0.1', " in service.log_lines()[0]["message"]
+    line = service.process.wait_for_line(lambda line: "listening" in line)
+    assert f'"listening on port {service.port} of ' in line
+    assert "127.0.0.1" in line
 
 
 def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(
