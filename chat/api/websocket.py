@@ -11,7 +11,6 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.http import error_response
 from chat.api.limits import admit, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
@@ -38,9 +37,8 @@ class ChatSocket:
 
     async def serve(self) -> None:
         """Answer messages until either side closes the connection."""
-        if self._state.service.is_draining:  # a proxy can try another replica
-            response = await error_response(self._websocket, errors.Draining())
-            return await self._websocket.send_denial_response(response)
+        if self._state.service.is_draining:
+            raise errors.Draining  # a 503 before the upgrade: a proxy can try another replica
         await self._websocket.accept()
         try:
             while (message := await self._receive())["type"] == "websocket.receive":
@@ -82,8 +80,6 @@ class ChatSocket:
             self._answering = asyncio.create_task(self._answer(request, self._reply))
         except errors.ChatError as error:
             log_request(self._scope, error.status, error.log_fields)
-            if error.close_code is not None and self._answering:
-                self._answering.cancel()
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
