@@ -38,8 +38,8 @@ async def admit(request: HTTPConnection) -> None:
 
 def client_key(client: str) -> str:
     """Return whom a limit applies to: an address, or for IPv6 its /64, which is one customer's."""
-    with suppress(ValueError):  # IPv4, or anything: a proxy reports it
-        address = IPv6Address(client.partition("%")[0])
+    with suppress(ValueError):  # IPv4, or whatever a proxy reports
+        address = IPv6Address(client)
         return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
     return client
 
