@@ -1,7 +1,6 @@
 """Replies over a WebSocket: one at a time, while the client is listened to."""
 
 import asyncio
-import logging
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,8 +16,6 @@ from chat.api.protocols import TEXTS
 from chat.kept import Reading
 from chat.messages import ChatRequest, parse_request
 from chat.reply import Reply
-
-logger = logging.getLogger(__name__)
 
 CLOSED = (WebSocketDisconnect, OSError, RuntimeError)  # raised by sending, after either side's end
 BUSY = "this message is refused, since a reply is in progress and goes on; wait for it or cancel it"
@@ -48,8 +45,8 @@ class ChatSocket:
         except errors.ClientIdle as idle:
             await self._send({"error": str(idle)}, idle.close_code)
         except Exception:
-            logger.exception("unexpected error on a WebSocket")
             await self._send({"error": errors.InternalError.text}, errors.InternalError.close_code)
+            raise  # uvicorn logs it
         finally:
             if self._answering:
                 self._answering.cancel()
