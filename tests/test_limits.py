@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from starlette.types import Scope
 
 from chat.api.limits import CLIENTS, RateLimiter, client_key
 from chat.errors import RateLimited
@@ -23,7 +24,7 @@ async def test_a_bucket_refills_steadily() -> None:
     taken = []
     for wait in (0, 0, 0, 0, 0, 0, 0, 10, 0, 9, 1, 60, *[0] * 6):
         clock.now += wait
-        taken.append((await limiter.take(CLIENT)).is_allowed)
+        taken.append((await limiter.take(CLIENT))[0])
     refills = [True, False, False, True]  # ten seconds are worth one request
     assert taken == [True] * 6 + [False] + refills + [True] * 6 + [False]
 
@@ -33,7 +34,8 @@ async def test_whole_seconds_stay_whole_whatever_the_clock_says() -> None:
     clock.now = 1000.3
     assert clock.now + 1800 - clock.now > 1800, "of such sums"
     limiter = RateLimiter("2/hour", None, clock=clock)
-    assert (await limiter.take(CLIENT)).headers[1][1] == b'"default";r=1;t=1800'
+    _, full_in = await limiter.take(CLIENT)
+    assert limiter.headers(full_in)[1][1] == b'"default";r=1;t=1800'
 
 
 NewLimiter = Callable[[str], RateLimiter]
@@ -54,23 +56,25 @@ def new_limiter(request: pytest.FixtureRequest, in_redis: NewLimiter) -> NewLimi
 async def test_a_burst_is_fine_and_what_is_over_it_is_told_how_long_to_wait(
     new_limiter: NewLimiter,
 ) -> None:
-    limiter = new_limiter("3/hour")
-    taken = [await limiter.take(CLIENT) for _ in range(4)]
-    assert [each.is_allowed for each in taken] == [True] * 3 + [False]
-    assert {each.headers[0] for each in taken} == {(b"ratelimit-policy", b'"default";q=3;w=3600')}
-    left = [each.headers[1][1].partition(b";t=")[0] for each in taken]
-    assert left == [b'"default";r=%d' % remaining for remaining in (2, 1, 0, 0)]
-    for allowance in (*taken[:3], await limiter.take("198.51.100.8")):
-        allowance.check()
+    limiter, headers = new_limiter("3/hour"), []
+    scope: Scope = {"client": (CLIENT, 1)}
+    for _ in range(3):
+        await limiter.admit(scope)
+        headers.append(scope["chat.headers"])
     with pytest.raises(RateLimited, match="the rate limit is 3/hour") as error:
-        taken[3].check()
+        await limiter.admit(scope)
     assert 1190 < (error.value.retry_after or 0) <= 1200
+    headers.append(scope["chat.headers"])
+    assert {policy for policy, _ in headers} == {(b"ratelimit-policy", b'"default";q=3;w=3600')}
+    left = [state.partition(b";t=")[0] for _, (_, state) in headers]
+    assert left == [b'"default";r=%d' % remaining for remaining in (2, 1, 0, 0)]
+    await limiter.admit({"client": ("198.51.100.8", 1)})
 
 
 async def test_refused_requests_cost_nothing(new_limiter: NewLimiter) -> None:
     limiter = new_limiter("1/day")
     taken = [await limiter.take(CLIENT) for _ in range(50)]
-    assert max(each.full_in for each in taken) <= 86_400
+    assert max(full_in for _, full_in in taken) <= 86_400
 
 
 async def test_limiters_on_one_redis_share_a_bucket_to_the_last_request_for_each_rate(
@@ -78,17 +82,17 @@ async def test_limiters_on_one_redis_share_a_bucket_to_the_last_request_for_each
 ) -> None:
     one, other = in_redis("4/hour"), in_redis("4/hour")
     taken = [await each.take(CLIENT) for each in (one, one, one, other, other, one)]
-    assert [each.is_allowed for each in taken] == [True, True, True, True, False, False]
+    assert [is_allowed for is_allowed, _ in taken] == [True, True, True, True, False, False]
     another = in_redis("1/minute")
-    assert [(await another.take(CLIENT)).is_allowed for _ in range(2)] == [True, False]
+    assert [(await another.take(CLIENT))[0] for _ in range(2)] == [True, False]
 
 
 async def test_a_process_remembers_only_so_many_clients() -> None:
     limiter = RateLimiter("1/day", None)
     for number in range(CLIENTS + 1):
-        assert (await limiter.take(f"client {number}")).is_allowed
-    assert not (await limiter.take(f"client {CLIENTS}")).is_allowed, "the newest"
-    assert (await limiter.take("client 0")).is_allowed, "the oldest"
+        assert (await limiter.take(f"client {number}"))[0]
+    assert not (await limiter.take(f"client {CLIENTS}"))[0], "the newest"
+    assert (await limiter.take("client 0"))[0], "the oldest"
 
 
 def statuses(service: Service, count: int, **headers: str) -> list[int]:
@@ -149,7 +153,7 @@ async def test_replicas_share_the_limit_and_it_outlives_them(
     start_service: StartService, redis_server: RedisServer, in_redis: NewLimiter
 ) -> None:
     limiter = in_redis("1000/day")
-    while (await limiter.take("127.0.0.1")).is_allowed:
+    while (await limiter.take("127.0.0.1"))[0]:
         pass
     service = start_service(RATE_LIMIT="1000/day", REDIS_ADDR=redis_server.address)
     # Its own bucket, for chats that Redis does not respond to in time, is full.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -10,9 +11,10 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from chat.api.middleware import RequestMiddleware
+from chat.api.websocket import ChatSocket
 from chat.config import load_settings
 from chat.messages import Exchange
 from chat.replies import Replies
@@ -22,7 +24,7 @@ from chat.storage.memory import MemoryHistory
 from chat.tokens import TokenCounts
 from server import create_app
 from tests.fake_groq import FakeGroq
-from tests.servers import Caller, body, error_and_code, running, wait_until
+from tests.servers import PATIENCE, Caller, body, error_and_code, running, wait_until
 
 ERROR = "an internal error occurred"
 
@@ -52,8 +54,11 @@ class BrokenHistory(MemoryHistory):
 
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[Caller]:
-    routes = [Route("/fail", fail), Route("/fail-late", fail_late)]
+    socket = WebSocketRoute("/chat", lambda opened: ChatSocket(opened).serve())
+    routes = [Route("/fail", fail), Route("/fail-late", fail_late), socket]
     app = Starlette(routes=routes, middleware=[Middleware(RequestMiddleware)])
+    app.state.service = SimpleNamespace(is_draining=False)
+    app.state.settings = SimpleNamespace(idle_timeout=PATIENCE)  # others fail
     with running(app) as (_, port):
         yield from one_caller(port)
 
@@ -115,5 +120,13 @@ def test_a_bug_on_a_websocket_is_told_before_it_closes_with_1011(broken: Caller)
     before = bugs()
     with broken.socket() as socket:
         socket.send(json.dumps(body("hello", "storable-conversation")))
+        assert error_and_code(socket) == (ERROR, 1011)
+    wait_until(lambda: bugs() == before + 1)
+
+
+def test_a_bug_before_a_reply_is_told_on_a_websocket_too(faulty: Caller) -> None:
+    before = bugs()
+    with faulty.socket() as socket:
+        socket.send(json.dumps(body("hello")))
         assert error_and_code(socket) == (ERROR, 1011)
     wait_until(lambda: bugs() == before + 1)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import IPv6Address, IPv6Network
 from math import ceil
-from typing import NamedTuple
 
 from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
 from chat.api.middleware import client_of
 from chat.errors import RateLimited
@@ -18,7 +18,6 @@ CLIENTS = 100_000  # clients that a process remembers: some 20 MB
 ROUNDING = 1e-6  # seconds by which sums and differences of clocks may be off
 Clock = Callable[[], float]
 WINDOWS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-# Returns whether the request is allowed, and the seconds until the bucket is full again.
 SCRIPT = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
@@ -31,44 +30,17 @@ return {1, tostring(next_full_at - now)}
 """
 
 
-class Allowance(NamedTuple):
-    """What is left in a client's bucket after a request; `full_in` is in seconds."""
-
-    rate: str
-    limit: int
-    window: int  # in seconds
-    is_allowed: bool
-    full_in: float
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """See https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10"""
-        remaining = max(0, int((self.window - self.full_in) * self.limit / self.window + ROUNDING))
-        state = f'"default";r={remaining};t={ceil(self.full_in - ROUNDING)}'
-        policy = f'"default";q={self.limit};w={self.window}'
-        return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", state.encode())]
-
-    def check(self) -> None:
-        """Raise `RateLimited` if the request is not allowed."""
-        if not self.is_allowed:
-            wait = max(1, ceil(self.full_in + self.window / self.limit - self.window - ROUNDING))
-            raise RateLimited(self.rate, wait, retry_after=wait)
-
-
 async def admit(request: HTTPConnection) -> None:
-    """Take a request out of its client's bucket, if there is a limit."""
+    """Take a request out of its client's bucket, if there is a limit; raise `RateLimited`."""
     if request.app.state.limiter:
-        allowance = await request.app.state.limiter.take(client_of(request.scope))
-        request.scope["chat.headers"] = allowance.headers
-        allowance.check()
+        await request.app.state.limiter.admit(request.scope)
 
 
 def client_key(client: str) -> str:
     """Return whom a limit applies to: an address, or for IPv6 its /64, which is one customer's."""
-    if ":" in client:
-        with suppress(ValueError):  # a proxy may report anything
-            address = IPv6Address(client.partition("%")[0])
-            return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
+    with suppress(ValueError):  # IPv4, or whatever a proxy reports
+        address = IPv6Address(client)
+        return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
     return client
 
 
@@ -77,22 +49,37 @@ class RateLimiter:
 
     def __init__(self, rate: str, redis: RedisClient | None, clock: Clock = time.monotonic) -> None:
         limit, _, unit = rate.partition("/")
-        self._rate = rate, int(limit), WINDOWS[unit]
+        self._rate, self._limit, self._window = rate, int(limit), WINDOWS[unit]
         self._redis, self._clock = redis, clock
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
-    async def take(self, client: str) -> Allowance:
-        """Take one request out of a client's bucket, if there is one in it."""
-        key, (_, limit, window) = client_key(client), self._rate
+    async def admit(self, scope: Scope) -> None:
+        """Take a request out of its client's bucket; raise `RateLimited` if there is none in it."""
+        is_allowed, full_in = await self.take(client_key(client_of(scope)))
+        scope["chat.headers"] = self.headers(full_in)
+        if not is_allowed:
+            wait = max(1, ceil(full_in + self._window / self._limit - self._window - ROUNDING))
+            raise RateLimited(self._rate, wait, retry_after=wait)
+
+    async def take(self, key: str) -> tuple[bool, float]:
+        """Return whether a request is allowed, and the seconds until its bucket is full again."""
+        limit, window = self._limit, self._window
         if self._redis:
             name = hashed_key(f"rate:{limit}:{window}", key)  # another rate has other buckets
             (found,) = await self._redis.try_all([("EVAL", SCRIPT, 1, name, limit, window)])
             if found:
-                return Allowance(*self._rate, bool(found[0]), float(found[1]))
+                return bool(found[0]), float(found[1])
         now = self._clock()
         full_at = max(now, self._full_at.pop(key, 0.0))
         is_allowed = full_at + window / limit - now <= window + ROUNDING
         self._full_at[key] = full_at + window / limit * is_allowed
         if len(self._full_at) > CLIENTS:
             self._full_at.popitem(last=False)
-        return Allowance(*self._rate, is_allowed, self._full_at[key] - now)
+        return is_allowed, self._full_at[key] - now
+
+    def headers(self, full_in: float) -> list[tuple[bytes, bytes]]:
+        """See https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10"""
+        remaining = max(0, int((self._window - full_in) * self._limit / self._window + ROUNDING))
+        state = f'"default";r={remaining};t={ceil(full_in - ROUNDING)}'
+        policy = f'"default";q={self._limit};w={self._window}'
+        return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", state.encode())]

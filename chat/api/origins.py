@@ -1,7 +1,5 @@
 """Which pages may use the service; CORS alone stops neither a form nor a WebSocket of others."""
 
-from collections.abc import Sequence
-
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,7 +18,7 @@ def plain(origin: str) -> str:
 class OriginMiddleware:
     """Pure ASGI; refuses requests from pages of other origins."""
 
-    def __init__(self, app: ASGIApp, *, allowed: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, allowed: list[str]) -> None:
         self.app, self._allowed = app, frozenset(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
 
@@ -71,10 +70,9 @@ class EventStream(Response):
         wait = min(START_TIMEOUT, self._interval)
         while True:
             await asyncio.sleep(wait)
-            wait = self._written_at + self._interval - time.monotonic()
-            if wait <= 0:
+            if time.monotonic() >= self._written_at + self._interval:
                 await self._write(KEEP_ALIVE)
-                wait = self._interval
+            wait = self._written_at + self._interval - time.monotonic()
 
 
 class Framer:
@@ -86,7 +84,7 @@ class Framer:
     def __init__(self, reading: Reading | None = None) -> None:
         self._reading, self._is_after_cr = reading, False
 
-    def events(self, tokens: Sequence[str]) -> bytes:
+    def events(self, tokens: list[str]) -> bytes:
         reading, text = self._reading, "".join(tokens)
         if reading and reading.position == reading.after:
             self._is_after_cr = reading.is_after_cr

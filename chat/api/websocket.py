@@ -1,7 +1,6 @@
 """Replies over a WebSocket: one at a time, while the client is listened to."""
 
 import asyncio
-import logging
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,15 +10,12 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.http import error_response
 from chat.api.limits import admit, client_key
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
 from chat.kept import Reading
 from chat.messages import ChatRequest, parse_request
 from chat.reply import Reply
-
-logger = logging.getLogger(__name__)
 
 CLOSED = (WebSocketDisconnect, OSError, RuntimeError)  # raised by sending, after either side's end
 BUSY = "this message is refused, since a reply is in progress and goes on; wait for it or cancel it"
@@ -38,9 +34,8 @@ class ChatSocket:
 
     async def serve(self) -> None:
         """Answer messages until either side closes the connection."""
-        if self._state.service.is_draining:  # a proxy can try another replica
-            response = await error_response(self._websocket, errors.Draining())
-            return await self._websocket.send_denial_response(response)
+        if self._state.service.is_draining:
+            raise errors.Draining  # a 503 before the upgrade: a proxy can try another replica
         await self._websocket.accept()
         try:
             while (message := await self._receive())["type"] == "websocket.receive":
@@ -50,8 +45,8 @@ class ChatSocket:
         except errors.ClientIdle as idle:
             await self._send({"error": str(idle)}, idle.close_code)
         except Exception:
-            logger.exception("unexpected error on a WebSocket")
             await self._send({"error": errors.InternalError.text}, errors.InternalError.close_code)
+            raise  # uvicorn logs it
         finally:
             if self._answering:
                 self._answering.cancel()
@@ -82,8 +77,6 @@ class ChatSocket:
             self._answering = asyncio.create_task(self._answer(request, self._reply))
         except errors.ChatError as error:
             log_request(self._scope, error.status, error.log_fields)
-            if error.close_code is not None and self._answering:
-                self._answering.cancel()
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
