@@ -77,6 +77,8 @@ class ChatSocket:
             self._answering = asyncio.create_task(self._answer(request, self._reply))
         except errors.ChatError as error:
             log_request(self._scope, error.status, error.log_fields)
+            if error.close_code is not None and self._answering:
+                self._answering.cancel()
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
