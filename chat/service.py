@@ -30,9 +30,9 @@ class Turn:
     before: Sequence[Exchange]
     history: Sequence[Exchange]  # those of them that are sent
     fixed: Sequence[Message]  # what is sent in front of them in any case
+    fixed_tokens: int
     new: Sequence[Message]
     new_count: Count
-    fixed_tokens: int
 
     @property
     def known_tokens(self) -> int:
@@ -68,15 +68,10 @@ class ChatService:
                     async with aclosing(self._tokens(turn, reply)) as tokens:
                         yield tokens
             except TimeoutError:
-                raise reply.expiry or errors.GroqTimeout() from None
-            except asyncio.CancelledError:
-                if not reply.is_cancelled or (reply.task and reply.task.uncancel() > 0):
-                    raise
-                if turn and reply.sent and not reply.is_whole:
+                error = reply.expiry or errors.GroqTimeout()
+                if turn and reply.sent and isinstance(error, errors.ReplyCancelled):
                     await self._store(turn, reply)
-                raise errors.ReplyCancelled from None
-            finally:
-                reply.task = reply.timeout = None
+                raise error from None
 
     async def read(self, conversation: str) -> list[Message]:
         """Return the messages of a conversation; raise `ConversationNotFound` if there are none."""
@@ -143,25 +138,24 @@ class ChatService:
             metrics.active[reply.stream_type].dec()
             metrics.replies[reply.stream_type, reply.outcome].inc()
             metrics.CHAT_REPLY_DURATION.observe(reply.duration_ms / 1000)
-            if reply.ttft_ms is None:
-                reply.prompt_tokens = None  # nothing was generated
-            else:
-                self._count_tokens(reply, reply.ttft_ms)
+            self._count_tokens(reply)
 
-    def _count_tokens(self, reply: Reply, ttft_ms: float) -> None:
+    def _count_tokens(self, reply: Reply) -> None:
         usage = reply.usage or Usage()
+        if reply.ttft_ms is None:
+            reply.prompt_tokens = None  # nothing was generated
+            return
         reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
         estimated = estimate_tokens(reply.text) if reply.sent else 0
         reply.completion_tokens = usage.completion_tokens or estimated
         metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
-            metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(ttft_ms / 1000)
+            metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(reply.ttft_ms / 1000)
 
     async def _prepare(self, request: ChatRequest, reply: Reply) -> Turn:
-        settings, conversation = self._settings, request.conversation
-        if conversation is None and settings.shared_conversation:
-            conversation = SHARED
+        settings = self._settings
+        conversation = request.conversation or (SHARED if settings.shared_conversation else None)
         leading, previous, new = split(request.messages)
         before, is_transcript = list[Exchange](), bool(leading or previous)
         if conversation and not is_transcript:
@@ -171,11 +165,10 @@ class ChatService:
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))
         new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
-        room, needed = settings.context_tokens - settings.max_tokens, fixed + new_count.tokens
-        room, step = min(room, max(needed, self._room)), max(1, settings.max_exchanges // 4)
-        history = fit(before, fixed=needed, room=room, step=step)
-        first = [*self._system, *leading]
-        turn = Turn(conversation, is_transcript, before, history, first, new, new_count, fixed)
+        needed, first = fixed + new_count.tokens, [*self._system, *leading]
+        room = min(settings.context_tokens - settings.max_tokens, max(needed, self._room))
+        history = fit(before, fixed=needed, room=room, step=max(1, settings.max_exchanges // 4))
+        turn = Turn(conversation, is_transcript, before, history, first, fixed, new, new_count)
         reply.prompt_tokens = turn.known_tokens + new_count.tokens
         return turn
 
