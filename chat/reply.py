@@ -46,6 +46,7 @@ class Reply:
     finish_reason: str | None = None  # why the model stopped, once it has
     groq_id: str | None = None  # to be given to Groq's support
     usage: Usage | None = None
+    estimated_tokens: int = 0  # of the prompt
     prompt_tokens: int | None = None  # as Groq reported them, otherwise estimated
     completion_tokens: int | None = None
     is_whole: bool = False  # all tokens have come

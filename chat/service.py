@@ -26,18 +26,11 @@ class Turn:
     """What a reply is asked for with, and what is stored at its end."""
 
     conversation: str | None
-    is_transcript: bool  # the client has sent the exchanges before the new messages
+    anew: bool  # the client has sent a transcript, which takes the place of what was stored
     before: Sequence[Exchange]
-    history: Sequence[Exchange]  # those of them that are sent
-    fixed: Sequence[Message]  # what is sent in front of them in any case
-    fixed_tokens: int
+    history: Sequence[Exchange]  # those of them that are sent, behind what is not stored
     new: Sequence[Message]
     new_count: Count
-
-    @property
-    def known_tokens(self) -> int:
-        """The tokens of the prompt without those of the new messages."""
-        return self.fixed_tokens + sum(exchange.tokens for exchange in self.history)
 
 
 class ChatService:
@@ -57,14 +50,14 @@ class ChatService:
     async def answer(self, request: ChatRequest, reply: Reply) -> AsyncIterator[TokenStream]:
         """Give the tokens; leaving the context stops Groq; raise `ChatError` if the reply fails."""
         self._admit(reply)
-        with self._counted(reply):
+        with metrics.active[reply.stream_type].track_inprogress(), self._counted(reply):
             if reply.is_cancelled:
                 raise errors.ReplyCancelled
             turn, reply.task = None, asyncio.current_task()
             reply.deadline = reply.started_at + self._settings.reply_timeout
             try:
                 async with asyncio.timeout_at(reply.deadline) as reply.timeout:
-                    turn = await self._prepare(request, reply)
+                    turn = await self._prepare(request)
                     async with aclosing(self._tokens(turn, reply)) as tokens:
                         yield tokens
             except TimeoutError:
@@ -115,7 +108,6 @@ class ChatService:
         """Find out how the reply ends, for the log and the metrics."""
         self._replies.add(reply)
         metrics.requests[reply.stream_type].inc()
-        metrics.active[reply.stream_type].inc()
         try:
             yield
             reply.outcome = "completed"
@@ -135,25 +127,23 @@ class ChatService:
             raise reply.error from error
         finally:
             self._replies.discard(reply)
-            metrics.active[reply.stream_type].dec()
             metrics.replies[reply.stream_type, reply.outcome].inc()
             metrics.CHAT_REPLY_DURATION.observe(reply.duration_ms / 1000)
             self._count_tokens(reply)
 
     def _count_tokens(self, reply: Reply) -> None:
-        usage = reply.usage or Usage()
         if reply.ttft_ms is None:
-            reply.prompt_tokens = None  # nothing was generated
-            return
-        reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
+            return  # nothing was generated
+        usage = reply.usage or Usage()
+        reply.prompt_tokens = usage.prompt_tokens or reply.estimated_tokens
         estimated = estimate_tokens(reply.text) if reply.sent else 0
         reply.completion_tokens = usage.completion_tokens or estimated
-        metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
+        metrics.prompt_tokens.inc(reply.prompt_tokens)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
             metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(reply.ttft_ms / 1000)
 
-    async def _prepare(self, request: ChatRequest, reply: Reply) -> Turn:
+    async def _prepare(self, request: ChatRequest) -> Turn:
         settings = self._settings
         conversation = request.conversation or (SHARED if settings.shared_conversation else None)
         leading, previous, new = split(request.messages)
@@ -164,18 +154,20 @@ class ChatService:
         for number, messages in enumerate(previous):
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))
-        new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
-        needed, first = fixed + new_count.tokens, [*self._system, *leading]
+        new_count = total([*counts])
+        first = [Exchange(leading, sum(map(estimate, leading)))] * bool(leading)
+        needed = self._system_tokens + new_count.tokens + sum(each.tokens for each in first)
         room = min(settings.context_tokens - settings.max_tokens, max(needed, self._room))
         history = fit(before, fixed=needed, room=room, step=max(1, settings.max_exchanges // 4))
-        turn = Turn(conversation, is_transcript, before, history, first, fixed, new, new_count)
-        reply.prompt_tokens = turn.known_tokens + new_count.tokens
-        return turn
+        anew = is_transcript and conversation != SHARED
+        return Turn(conversation, anew, before, [*first, *history], new, new_count)
 
     async def _tokens(self, turn: Turn, reply: Reply) -> TokenStream:
         refused = 0  # the tokens of the smallest prompt that was
         while not reply.is_whole:
-            messages = [*turn.fixed, *flatten(turn.history), *turn.new]
+            messages = [*self._system, *flatten(turn.history), *turn.new]
+            known = self._system_tokens + sum(exchange.tokens for exchange in turn.history)
+            reply.estimated_tokens = known + turn.new_count.tokens
             try:
                 async with aclosing(self._groq.stream(messages, reply)) as tokens:
                     async for some in tokens:
@@ -189,7 +181,7 @@ class ChatService:
                     raise errors.BadRequest("the message is too long for the model") from error
                 size = sum(len(each.content.encode()) for each in messages)
                 # An estimate may be far too low for odd text, which must not cost others room.
-                refused = max(turn.known_tokens + turn.new_count.tokens, size // 4)
+                refused = max(reply.estimated_tokens, size // 4)
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()
         if refused and reply.model == self._settings.model:
@@ -204,10 +196,9 @@ class ChatService:
         tokens, is_exact = self._learn(turn, reply, answer)
         number = turn.before[-1].number + 1 if turn.before else 0
         exchange = Exchange((*turn.new, answer), tokens, number, is_exact)
-        if turn.conversation and turn.is_transcript and turn.conversation != SHARED:
-            await self._history.replace(turn.conversation, [*turn.before, exchange])
-        elif turn.conversation:
-            await self._history.append(turn.conversation, exchange)
+        if turn.conversation:
+            exchanges = [*turn.before, exchange] if turn.anew else [exchange]
+            await self._history.store(turn.conversation, exchanges, turn.anew)
 
     def _learn(self, turn: Turn, reply: Reply, answer: Message) -> Count:
         """Return the count of the exchange, and remember what Groq's report says about it."""
@@ -217,9 +208,8 @@ class ChatService:
             if self._counts.learn(answer, usage.reply_tokens):
                 answered = Count(usage.reply_tokens, True)
             is_rest_known = all(exchange.is_exact for exchange in turn.history)
-            is_rest_known &= len(turn.fixed) == len(self._system)  # no estimate of a client's text
             if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
-                tokens = (usage.prompt_tokens or 0) - turn.known_tokens
+                tokens = (usage.prompt_tokens or 0) - reply.estimated_tokens + asked.tokens
                 if self._counts.learn(turn.new[0], tokens):
                     asked = Count(tokens, True)
         return total([asked, answered or Count(estimate(answer), False)])
