@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from math import inf
 
 from chat import errors, metrics
@@ -150,7 +149,7 @@ class ChatService:
         before, is_transcript = list[Exchange](), bool(leading or previous)
         if conversation and not is_transcript:
             before = [*await self._history.read(conversation)]
-        counts = iter(await self._counts.count([*chain(*previous), *new]))
+        counts = iter(await self._counts.count(request.messages[len(leading) :]))
         for number, messages in enumerate(previous):
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))

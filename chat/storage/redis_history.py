@@ -52,11 +52,7 @@ class RedisHistory:
         storing = asyncio.create_task(self._store_patiently(command, len(unique)))
         self._storing.add(storing)
         storing.add_done_callback(self._storing.discard)
-        try:
-            await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
-        except asyncio.CancelledError:
-            await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
-            raise
+        await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
 
     async def forget(self, conversation: str) -> None:
         await self._redis.execute("DEL", hashed_key("history", conversation))
