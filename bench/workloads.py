@@ -111,13 +111,15 @@ async def lookups() -> Figures:
         history, counts = MemoryHistory(Settings(groq_api_key="k")), TokenCounts("a-model", None)
         for conversation in range(conversations):
             for number in range(10):
-                await history.append(str(conversation), exchange(conversation, number))
+                added = [exchange(conversation, number)]
+                await history.store(str(conversation), added, anew=False)
             counts.learn(exchange(conversation, 0).messages[1], 5)
         for number in range(LOOKUPS):
             conversation = number * 7919 % conversations
             reading = history.read(str(conversation))
             counting = counts.count(exchange(conversation, 0).messages[1:])
-            appending = history.append(str(conversation), exchange(conversation, number))
+            added = [exchange(conversation, number)]
+            appending = history.store(str(conversation), added, anew=False)
             for name, call in (("read", reading), ("count", counting), ("append", appending)):
                 started_at = time.perf_counter()
                 await call

@@ -17,11 +17,14 @@ ChatError
 Messages are for clients: no secret, no stack trace, nothing that Groq said.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ChatError(Exception):
-    """The root of the tree; `values` are what `text` has placeholders for."""
+    """
+    The root of the tree; the keywords of a class are its attributes. `values` are what `text` has
+    placeholders for; `cause` is for the log: an exception's class, or what was wrong in a response.
+    """
 
     status: ClassVar[int] = 500
     close_code: ClassVar[int | None] = None  # of a WebSocket; None if it stays open
@@ -29,14 +32,19 @@ class ChatError(Exception):
     retry_after: int | None = None  # seconds until another attempt makes sense, if known
     text: ClassVar[str] = "{}"
 
-    def __init__(self, *values: object, retry_after: int | None = None) -> None:
+    def __init_subclass__(cls, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            setattr(cls, name, value)
+
+    def __init__(self, *values: object, cause: str = "", retry_after: int | None = None) -> None:
         super().__init__(self.text.format(*values))
         self.retry_after = retry_after or self.retry_after
         self.log_fields: dict[str, object] = {"error": self.reason}
+        self.log_fields |= {"cause": cause} if cause else {}
 
 
-class BadRequest(ChatError):
-    status, reason = 400, "bad_request"
+class BadRequest(ChatError, status=400, reason="bad_request"):
+    """The request breaks a rule."""
 
 
 class MissingMessages(BadRequest):
@@ -48,104 +56,87 @@ class BinaryMessage(BadRequest):
 
 
 class BadPosition(BadRequest):
-    pass
+    """The text of a kept reply is not that long."""
 
 
-class OriginNotAllowed(ChatError):
-    status, close_code, reason = 403, 1008, "origin"
-    text = "this origin is not allowed to use the service"
+class OriginNotAllowed(ChatError, status=403, reason="origin"):
+    close_code, text = 1008, "this origin is not allowed to use the service"
 
 
-class ConversationNotFound(ChatError):
-    status, reason, text = 404, "not_found", "no such conversation"
+class ConversationNotFound(ChatError, status=404, reason="not_found"):
+    text = "no such conversation"
 
 
-class ReplyNotFound(ChatError):
-    status, reason = 404, "reply_gone"
+class ReplyNotFound(ChatError, status=404, reason="reply_gone"):
     text = "no such reply; read the conversation, or ask with a new reply id"
 
 
-class ReplyConflict(ChatError):
-    status, reason, text = 409, "reply_conflict", "this reply id was used for another request"
+class ReplyConflict(ChatError, status=409, reason="reply_conflict"):
+    text = "this reply id was used for another request"
 
 
-class ReplyTakenOver(ChatError):
-    status, reason, text = 409, "reply_taken_over", "another connection has resumed this reply"
+class ReplyTakenOver(ChatError, status=409, reason="reply_taken_over"):
+    text = "another connection has resumed this reply"
 
 
-class ReplyUnavailable(ChatError):
-    status, reason, retry_after = 503, "reply_unavailable", 1
+class ReplyUnavailable(ChatError, status=503, reason="reply_unavailable", retry_after=1):
     text = "the reply cannot be reached; try again in a moment"
 
 
-class NothingLeft(ChatError):
-    status, text = 204, "the client has the end of this reply"  # not a failure
+class NothingLeft(ChatError, status=204):  # not a failure
+    text = "the client has the end of this reply"
 
 
-class BodyTooSlow(ChatError):
-    status, reason, text = 408, "too_slow", "the body must arrive within {:g} s"
+class BodyTooSlow(ChatError, status=408, reason="too_slow"):
+    text = "the body must arrive within {:g} s"
 
 
-class BodyCompressed(ChatError):
-    status, reason = 415, "compressed"
+class BodyCompressed(ChatError, status=415, reason="compressed"):
     text = "the body is compressed ({}); send it without Content-Encoding"
 
 
-class BodyTooLarge(ChatError):
-    status, close_code, reason = 413, 1009, "too_large"
-    text = "the request must be at most {} bytes"
+class BodyTooLarge(ChatError, status=413, reason="too_large"):
+    close_code, text = 1009, "the request must be at most {} bytes"
 
 
-class RateLimited(ChatError):
-    status, reason, text = 429, "rate_limited", "the rate limit is {}; try again in {} s"
+class RateLimited(ChatError, status=429, reason="rate_limited"):
+    text = "the rate limit is {}; try again in {} s"
 
 
-class TooManyReplies(ChatError):
-    status, reason, retry_after = 429, "too_many", 1
+class TooManyReplies(ChatError, status=429, reason="too_many", retry_after=1):
     text = "too many concurrent replies for this client (limit {})"
 
 
-class TooBusy(ChatError):
-    status, close_code, reason, retry_after = 503, 1013, "too_busy", 1
-    text = "too many concurrent replies; try again in a moment"
+class TooBusy(ChatError, status=503, reason="too_busy", retry_after=1):
+    close_code, text = 1013, "too many concurrent replies; try again in a moment"
 
 
-class HistoryUnavailable(ChatError):
-    status, reason, retry_after = 503, "history", 1
+class HistoryUnavailable(ChatError, status=503, reason="history", retry_after=1):
     text = "the conversation history is unreachable; try again in a moment"
 
 
-class Draining(ChatError):
-    status, close_code, reason, retry_after = 503, 1012, "draining", 1
-    text = "the service is restarting; try again in a moment"
+class Draining(ChatError, status=503, reason="draining", retry_after=1):
+    close_code, text = 1012, "the service is restarting; try again in a moment"
 
 
-class GroqError(ChatError):
-    """`cause` is for the log: the class of an exception, or what was wrong with a response."""
-
-    status, reason = 502, "failed"
+class GroqError(ChatError, status=502, reason="failed"):
     is_temporary: bool = False  # another attempt may succeed
     is_of_model: bool = False  # another model may succeed
     is_outage: bool = False  # Groq itself is failing: counts towards the circuit breaker
 
-    def __init__(self, *values: object, cause: str = "", retry_after: int | None = None) -> None:
-        super().__init__(*values, retry_after=retry_after)
-        self.log_fields |= {"cause": cause} if cause else {}
 
-
-class GroqUnreachable(GroqError):
-    reason, text = "unreachable", "the language model service is unreachable"
-    is_temporary = is_outage = True
+class GroqUnreachable(GroqError, reason="unreachable", is_temporary=True, is_outage=True):
+    text = "the language model service is unreachable"
 
 
 # 498: Groq's flex capacity is exhausted; from 520 on: a proxy in front of Groq cannot reach it.
 _OUTAGES = frozenset((498, 500, 502, 503, 504, *range(520, 531)))
 
 
-class GroqRefused(GroqError):
+class GroqRefused(GroqError, reason="refused"):
     """An error status; `is_too_large`: the prompt exceeds what the model accepts."""
 
-    reason, text = "refused", "the language model service {}"
+    text = "the language model service {}"
 
     def __init__(
         self, upstream_status: int, retry_after: int | None = None, *, is_too_large: bool = False
@@ -161,54 +152,45 @@ class GroqRefused(GroqError):
         self.is_of_model = upstream_status in (404, 429, 498, 503)
 
 
-class GroqFailed(GroqError):
-    reason, text = "failed", "the language model service failed during the reply"
-    is_temporary = is_outage = True
+class GroqFailed(GroqError, is_temporary=True, is_outage=True):
+    text = "the language model service failed during the reply"
 
 
-class GroqReplyBroken(GroqError):
-    reason, text = "broken", "the language model service sent an invalid response"
-    is_outage = True
+class GroqReplyBroken(GroqError, reason="broken", is_outage=True):
+    text = "the language model service sent an invalid response"
 
 
-class GroqReplyCut(GroqError):
-    reason, text = "cut", "the language model service cut the reply short"
-    is_temporary = is_outage = True
+class GroqReplyCut(GroqError, reason="cut", is_temporary=True, is_outage=True):
+    text = "the language model service cut the reply short"
 
 
-class GroqReplyEmpty(GroqError):
-    reason, text = "empty", "the language model {}"
+class GroqReplyEmpty(GroqError, reason="empty"):
+    text = "the language model {}"
 
 
-class GroqTimeout(GroqError):
-    status, reason, text = 504, "timeout", "the language model service did not respond in time"
-    is_temporary = is_outage = True
+class GroqTimeout(GroqError, status=504, reason="timeout", is_temporary=True, is_outage=True):
+    text = "the language model service did not respond in time"
 
 
-class GroqCircuitOpen(GroqError):
-    status, reason, text = 503, "down", "the language model service is down; try again in {} s"
-    is_of_model = True
+class GroqCircuitOpen(GroqError, status=503, reason="down", is_of_model=True):
+    text = "the language model service is down; try again in {} s"
 
 
-class GroqQuotaExhausted(GroqError):
-    status, reason = 503, "quota"
+class GroqQuotaExhausted(GroqError, status=503, reason="quota"):
     is_temporary = is_of_model = True
     text = "the quota of the language model service is exhausted; try again in {} s"
 
 
-class ClientDisconnected(ChatError):
-    status, reason = 499, "client_disconnected"  # nginx's; no client is left to see it
-    text = "the client disconnected before the reply was complete"
+class ClientDisconnected(ChatError, status=499, reason="client_disconnected"):  # nginx's status
+    text = "the client disconnected before the reply was complete"  # no client is left to see it
 
 
-class ReplyCancelled(ChatError):
-    status, reason = 200, "cancelled"  # not a failure
+class ReplyCancelled(ChatError, status=200, reason="cancelled"):  # not a failure
     text = "the reply was cancelled"
 
 
-class ClientIdle(ChatError):
-    status, close_code, reason = 200, 1001, "idle"  # not a failure
-    text = "idle for {:g} s; reconnect to continue"
+class ClientIdle(ChatError, status=200, reason="idle"):  # not a failure
+    close_code, text = 1001, "idle for {:g} s; reconnect to continue"
 
 
 class InternalError(ChatError):

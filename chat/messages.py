@@ -50,9 +50,6 @@ class ChatRequest(msgspec.Struct):
     after: int = 0  # likewise: a position in the reply's text
 
 
-_REQUEST = msgspec.json.Decoder(ChatRequest)
-
-
 def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:
     """Decode and check what a client sent; raise `BadRequest` if it breaks a rule."""
     received = body.encode(errors="replace") if isinstance(body, str) else body
@@ -65,10 +62,9 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
         raise BadRequest(_in_the_words_of_json(str(error))) from None
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
-    if request.reply is not None:
-        check_id("reply", request.reply)
-        if not 0 <= request.after < MAX_POSITION:
-            raise BadRequest("after must be the position of a token, such as 8")
+    check_id("reply", request.reply)
+    if not 0 <= request.after < MAX_POSITION:
+        raise BadRequest("after must be the position of a token, such as 8")
     if not (may_cancel and (request.cancel or (request.reply and not request.messages))):
         if request.messages is NO_MESSAGES:
             raise MissingMessages
@@ -78,7 +74,7 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
 
 def _decode(received: bytes) -> ChatRequest:
     try:
-        return _REQUEST.decode(received)
+        return msgspec.json.decode(received, type=ChatRequest)
     except msgspec.ValidationError:
         decoded = msgspec.json.decode(received)
         messages = decoded.get("messages") if isinstance(decoded, dict) else None
@@ -135,11 +131,10 @@ def _check(request: ChatRequest) -> None:
             raise BadRequest(f"messages[{index}].content must not be empty or only white space")
     if messages[-1].role != "user":
         raise BadRequest("the last message must be from 'user'")
-    if request.conversation is not None:
-        check_id("conversation", request.conversation)
+    check_id("conversation", request.conversation)
 
 
-def check_id(name: str, value: str) -> None:
-    """Raise `BadRequest` unless an id has the form that makes it hard to guess."""
-    if re.fullmatch("[A-Za-z0-9_-]{16,64}", value) is None:
+def check_id(name: str, value: str | None) -> None:
+    """Raise `BadRequest` if there is an id without the form that makes it hard to guess."""
+    if value is not None and not re.fullmatch("[A-Za-z0-9_-]{16,64}", value):
         raise BadRequest(f"{name} must be 16 to 64 characters of A-Z a-z 0-9 _ -")

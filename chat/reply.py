@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from chat.errors import ChatError
+from chat.errors import ChatError, ReplyCancelled
 
 LOGGED = """stream_type outcome finish_reason duration_ms ttft_ms prompt_tokens completion_tokens
 model groq_id"""
@@ -46,27 +46,27 @@ class Reply:
     finish_reason: str | None = None  # why the model stopped, once it has
     groq_id: str | None = None  # to be given to Groq's support
     usage: Usage | None = None
+    estimated_tokens: int = 0  # of the prompt
     prompt_tokens: int | None = None  # as Groq reported them, otherwise estimated
     completion_tokens: int | None = None
     is_whole: bool = False  # all tokens have come
     is_cancelled: bool = False
     unattended_since: float = inf  # when the last reader of a reply that is kept has left
-    task: asyncio.Task[Any] | None = None  # what `cancel` ends
-    timeout: asyncio.Timeout | None = None  # what `expire` ends
-    expiry: ChatError | None = None
+    task: asyncio.Task[Any] | None = None  # in which it runs
+    timeout: asyncio.Timeout | None = None  # of the deadline
+    expiry: ChatError | None = None  # why it ends before it
     outcome: Literal["completed", "cancelled", "failed"] = "failed"
     error: ChatError | None = None
 
     def cancel(self) -> None:
         """End it for a client that asks for no more: what was sent is kept as the reply."""
-        if self.task and not self.is_cancelled:
-            self.task.cancel()
         self.is_cancelled = True
+        self.expire(ReplyCancelled())
 
     def expire(self, error: ChatError) -> None:
-        """End it as failed with an error of the service's: nothing of it is kept."""
+        """End it with an error, unless it is whole; a later one is of no effect."""
         if self.timeout and not self.is_whole:
-            self.expiry = error
+            self.expiry = self.expiry or error
             with suppress(RuntimeError):  # it is expiring already
                 self.timeout.reschedule(0)
 
@@ -89,7 +89,6 @@ class Reply:
 
     def summary(self) -> dict[str, Any]:
         """Return what a log line says about it."""
-        found = {
-            name: value for name in LOGGED.split() if (value := getattr(self, name)) is not None
-        }
+        fields = {name: getattr(self, name) for name in LOGGED.split()}
+        found = {name: value for name, value in fields.items() if value is not None}
         return found | (self.error.log_fields if self.error else {})

@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from math import inf
 
 from chat import errors, metrics
@@ -26,18 +25,11 @@ class Turn:
     """What a reply is asked for with, and what is stored at its end."""
 
     conversation: str | None
-    is_transcript: bool  # the client has sent the exchanges before the new messages
+    anew: bool  # the client has sent a transcript, which takes the place of what was stored
     before: Sequence[Exchange]
-    history: Sequence[Exchange]  # those of them that are sent
-    fixed: Sequence[Message]  # what is sent in front of them in any case
+    history: Sequence[Exchange]  # those of them that are sent, behind what is not stored
     new: Sequence[Message]
     new_count: Count
-    fixed_tokens: int
-
-    @property
-    def known_tokens(self) -> int:
-        """The tokens of the prompt without those of the new messages."""
-        return self.fixed_tokens + sum(exchange.tokens for exchange in self.history)
 
 
 class ChatService:
@@ -57,26 +49,21 @@ class ChatService:
     async def answer(self, request: ChatRequest, reply: Reply) -> AsyncIterator[TokenStream]:
         """Give the tokens; leaving the context stops Groq; raise `ChatError` if the reply fails."""
         self._admit(reply)
-        with self._counted(reply):
+        with metrics.active[reply.stream_type].track_inprogress(), self._counted(reply):
             if reply.is_cancelled:
                 raise errors.ReplyCancelled
             turn, reply.task = None, asyncio.current_task()
             reply.deadline = reply.started_at + self._settings.reply_timeout
             try:
                 async with asyncio.timeout_at(reply.deadline) as reply.timeout:
-                    turn = await self._prepare(request, reply)
+                    turn = await self._prepare(request)
                     async with aclosing(self._tokens(turn, reply)) as tokens:
                         yield tokens
             except TimeoutError:
-                raise reply.expiry or errors.GroqTimeout() from None
-            except asyncio.CancelledError:
-                if not reply.is_cancelled or (reply.task and reply.task.uncancel() > 0):
-                    raise
-                if turn and reply.sent and not reply.is_whole:
+                error = reply.expiry or errors.GroqTimeout()
+                if turn and reply.sent and isinstance(error, errors.ReplyCancelled):
                     await self._store(turn, reply)
-                raise errors.ReplyCancelled from None
-            finally:
-                reply.task = reply.timeout = None
+                raise error from None
 
     async def read(self, conversation: str) -> list[Message]:
         """Return the messages of a conversation; raise `ConversationNotFound` if there are none."""
@@ -120,7 +107,6 @@ class ChatService:
         """Find out how the reply ends, for the log and the metrics."""
         self._replies.add(reply)
         metrics.requests[reply.stream_type].inc()
-        metrics.active[reply.stream_type].inc()
         try:
             yield
             reply.outcome = "completed"
@@ -140,49 +126,47 @@ class ChatService:
             raise reply.error from error
         finally:
             self._replies.discard(reply)
-            metrics.active[reply.stream_type].dec()
             metrics.replies[reply.stream_type, reply.outcome].inc()
             metrics.CHAT_REPLY_DURATION.observe(reply.duration_ms / 1000)
-            if reply.ttft_ms is None:
-                reply.prompt_tokens = None  # nothing was generated
-            else:
-                self._count_tokens(reply, reply.ttft_ms)
+            self._count_tokens(reply)
 
-    def _count_tokens(self, reply: Reply, ttft_ms: float) -> None:
+    def _count_tokens(self, reply: Reply) -> None:
+        if reply.ttft_ms is None:
+            return  # nothing was generated
         usage = reply.usage or Usage()
-        reply.prompt_tokens = usage.prompt_tokens or reply.prompt_tokens
+        reply.prompt_tokens = usage.prompt_tokens or reply.estimated_tokens
         estimated = estimate_tokens(reply.text) if reply.sent else 0
         reply.completion_tokens = usage.completion_tokens or estimated
-        metrics.prompt_tokens.inc(reply.prompt_tokens or 0)
+        metrics.prompt_tokens.inc(reply.prompt_tokens)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
-            metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(ttft_ms / 1000)
+            metrics.CHAT_TIME_TO_FIRST_TOKEN.observe(reply.ttft_ms / 1000)
 
-    async def _prepare(self, request: ChatRequest, reply: Reply) -> Turn:
-        settings, conversation = self._settings, request.conversation
-        if conversation is None and settings.shared_conversation:
-            conversation = SHARED
+    async def _prepare(self, request: ChatRequest) -> Turn:
+        settings = self._settings
+        conversation = request.conversation or (SHARED if settings.shared_conversation else None)
         leading, previous, new = split(request.messages)
         before, is_transcript = list[Exchange](), bool(leading or previous)
         if conversation and not is_transcript:
             before = [*await self._history.read(conversation)]
-        counts = iter(await self._counts.count([*chain(*previous), *new]))
+        counts = iter(await self._counts.count(request.messages[len(leading) :]))
         for number, messages in enumerate(previous):
             tokens, is_exact = total([next(counts) for _ in messages])
             before.append(Exchange(messages, tokens, number, is_exact))
-        new_count, fixed = total([*counts]), self._system_tokens + sum(map(estimate, leading))
-        room, needed = settings.context_tokens - settings.max_tokens, fixed + new_count.tokens
-        room, step = min(room, max(needed, self._room)), max(1, settings.max_exchanges // 4)
-        history = fit(before, fixed=needed, room=room, step=step)
-        first = [*self._system, *leading]
-        turn = Turn(conversation, is_transcript, before, history, first, new, new_count, fixed)
-        reply.prompt_tokens = turn.known_tokens + new_count.tokens
-        return turn
+        new_count = total([*counts])
+        first = [Exchange(leading, sum(map(estimate, leading)))] * bool(leading)
+        needed = self._system_tokens + new_count.tokens + sum(each.tokens for each in first)
+        room = min(settings.context_tokens - settings.max_tokens, max(needed, self._room))
+        history = fit(before, fixed=needed, room=room, step=max(1, settings.max_exchanges // 4))
+        anew = is_transcript and conversation != SHARED
+        return Turn(conversation, anew, before, [*first, *history], new, new_count)
 
     async def _tokens(self, turn: Turn, reply: Reply) -> TokenStream:
         refused = 0  # the tokens of the smallest prompt that was
         while not reply.is_whole:
-            messages = [*turn.fixed, *flatten(turn.history), *turn.new]
+            messages = [*self._system, *flatten(turn.history), *turn.new]
+            known = self._system_tokens + sum(exchange.tokens for exchange in turn.history)
+            reply.estimated_tokens = known + turn.new_count.tokens
             try:
                 async with aclosing(self._groq.stream(messages, reply)) as tokens:
                     async for some in tokens:
@@ -196,7 +180,7 @@ class ChatService:
                     raise errors.BadRequest("the message is too long for the model") from error
                 size = sum(len(each.content.encode()) for each in messages)
                 # An estimate may be far too low for odd text, which must not cost others room.
-                refused = max(turn.known_tokens + turn.new_count.tokens, size // 4)
+                refused = max(reply.estimated_tokens, size // 4)
                 turn.history = turn.history[(len(turn.history) + 1) // 2 :]
                 metrics.GROQ_RETRIES.inc()
         if refused and reply.model == self._settings.model:
@@ -211,10 +195,9 @@ class ChatService:
         tokens, is_exact = self._learn(turn, reply, answer)
         number = turn.before[-1].number + 1 if turn.before else 0
         exchange = Exchange((*turn.new, answer), tokens, number, is_exact)
-        if turn.conversation and turn.is_transcript and turn.conversation != SHARED:
-            await self._history.replace(turn.conversation, [*turn.before, exchange])
-        elif turn.conversation:
-            await self._history.append(turn.conversation, exchange)
+        if turn.conversation:
+            exchanges = [*turn.before, exchange] if turn.anew else [exchange]
+            await self._history.store(turn.conversation, exchanges, turn.anew)
 
     def _learn(self, turn: Turn, reply: Reply, answer: Message) -> Count:
         """Return the count of the exchange, and remember what Groq's report says about it."""
@@ -224,9 +207,8 @@ class ChatService:
             if self._counts.learn(answer, usage.reply_tokens):
                 answered = Count(usage.reply_tokens, True)
             is_rest_known = all(exchange.is_exact for exchange in turn.history)
-            is_rest_known &= len(turn.fixed) == len(self._system)  # no estimate of a client's text
             if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
-                tokens = (usage.prompt_tokens or 0) - turn.known_tokens
+                tokens = (usage.prompt_tokens or 0) - reply.estimated_tokens + asked.tokens
                 if self._counts.learn(turn.new[0], tokens):
                     asked = Count(tokens, True)
         return total([asked, answered or Count(estimate(answer), False)])

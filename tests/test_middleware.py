@@ -48,7 +48,7 @@ class BrokenHistory(MemoryHistory):
         assert not conversation.startswith("unreadable"), "the client's words"
         return ()
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
+    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None:
         raise RuntimeError("the client's words")
 
 

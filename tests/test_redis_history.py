@@ -180,7 +180,8 @@ async def test_what_cannot_be_stored_in_time_is_counted_as_lost() -> None:
     async with open_redis("127.0.0.1:1", "") as redis:
         history = RedisHistory(Settings(groq_api_key="k"), redis, patience=0.8)
         started_at, before = time.monotonic(), lost()
-        await history.append("conversation", Exchange((Message("user", "question"),), 10))
+        exchange = Exchange((Message("user", "question"),), 10)
+        await history.store("conversation", [exchange], anew=False)
         assert 0.7 < time.monotonic() - started_at < 2
         assert lost() == before + 1
 

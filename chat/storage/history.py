@@ -12,7 +12,7 @@ class History(Protocol):
     """Each operation is atomic; storing outlasts its caller and raises no `HistoryUnavailable`."""
 
     async def read(self, conversation: str) -> Sequence[Exchange]: ...  # a snapshot, oldest first
-    async def append(self, conversation: str, exchange: Exchange) -> None: ...  # drops the oldest
-    async def replace(self, conversation: str, exchanges: Sequence[Exchange]) -> None: ...
+    # Adds exchanges, or with `anew` puts them in place of the others; drops the oldest.
+    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None: ...
     async def forget(self, conversation: str) -> None: ...  # whether or not there is one
     async def aclose(self) -> None: ...  # waits for what is still being stored

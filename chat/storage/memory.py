@@ -32,11 +32,8 @@ class MemoryHistory:
     async def read(self, conversation: str) -> Sequence[Exchange]:
         return self._use(conversation, lambda exchanges: exchanges)
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
-        self._use(conversation, lambda exchanges: (*exchanges, exchange))
-
-    async def replace(self, conversation: str, exchanges: Sequence[Exchange]) -> None:
-        self._use(conversation, lambda _: tuple(exchanges))
+    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None:
+        self._use(conversation, lambda old: (*(() if anew else old), *exchanges))
 
     async def forget(self, conversation: str) -> None:
         self._use(conversation, lambda _: ())

@@ -38,7 +38,7 @@ class RedisClient:
 
     def __init__(self, redis: Server, optional_timeout: float = OPTIONAL_TIMEOUT) -> None:
         self._redis, self._optional_timeout = redis, optional_timeout
-        self.is_up, self._fault = False, ""
+        self.is_up, self._fault = False, "unknown"
         self._suspect = asyncio.Event()  # set by a fault; nothing optional is sent until a check
         self._waiting: list[Command] = []
 
@@ -92,11 +92,8 @@ class RedisClient:
             fault = _reason(error)
             if not isinstance(error, FAULTS):
                 logger.exception("unexpected error in the check of Redis")
-        if fault:
-            self._warn(fault)
-        elif not self.is_up:
-            logger.info("Redis is up")
-            self._fault = ""
+        if fault or not self.is_up:
+            self._tell(fault)
         self.is_up = not fault
         self._suspect.clear()
         metrics.REDIS_UP.set(self.is_up)
@@ -105,11 +102,11 @@ class RedisClient:
     def _note_fault(self, fault: Exception, command: Command) -> None:
         self._suspect.set()
         if self.is_up and isinstance(fault, ResponseError):
-            self._warn(_reason(fault, command))
+            self._tell(_reason(fault, command))
 
-    def _warn(self, fault: str) -> None:
+    def _tell(self, fault: str) -> None:
         if fault != self._fault:
-            logger.warning("Redis %s", fault)
+            logger.log(logging.WARNING if fault else logging.INFO, "Redis %s", fault or "is up")
         self._fault = fault
 
     async def _within(self, timeout: float, response: Awaitable[Any]) -> Any:

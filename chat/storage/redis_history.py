@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 WAIT_FOR_STORE = 1.0  # seconds that a chat waits for its exchange to be stored
 READ = "redis.call('PEXPIRE', KEYS[1], ARGV[1]) return redis.call('LRANGE', KEYS[1], 0, -1)"
-# ARGV: limit, expiry, `add` or `replace`, exchanges. It may be repeated if a response is lost.
+# ARGV: limit, expiry, `anew` or empty, exchanges. It may be repeated if a response is lost.
 STORE = """
 if redis.call('LPOS', KEYS[1], ARGV[#ARGV]) then return end
-if ARGV[3] == 'replace' then redis.call('DEL', KEYS[1]) end
+if ARGV[3] == 'anew' then redis.call('DEL', KEYS[1]) end
 for number = 4, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[number]) end
 redis.call('LTRIM', KEYS[1], -ARGV[1], -1)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -44,11 +44,15 @@ class RedisHistory:
                 exchanges.append(msgspec.json.decode(stored, type=tuple[str, Exchange])[1])
         return exchanges
 
-    async def append(self, conversation: str, exchange: Exchange) -> None:
-        await self._store(conversation, [exchange], "add")
-
-    async def replace(self, conversation: str, exchanges: Sequence[Exchange]) -> None:
-        await self._store(conversation, exchanges[-self._max_exchanges :], "replace")
+    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None:
+        """Store exchanges; if that takes longer than a moment, go on in the background."""
+        key, limit = hashed_key("history", conversation), self._max_exchanges
+        unique = [msgspec.json.encode((uuid4().hex, each)) for each in exchanges[-limit:]]
+        command: Command = ("EVAL", STORE, 1, key, limit, self._ttl, "anew" * anew, *unique)
+        storing = asyncio.create_task(self._store_patiently(command, len(unique)))
+        self._storing.add(storing)
+        storing.add_done_callback(self._storing.discard)
+        await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
 
     async def forget(self, conversation: str) -> None:
         await self._redis.execute("DEL", hashed_key("history", conversation))
@@ -58,20 +62,6 @@ class RedisHistory:
         with suppress(TimeoutError):
             async with asyncio.timeout(3):
                 await asyncio.gather(*self._storing, return_exceptions=True)
-
-    async def _store(self, conversation: str, exchanges: Sequence[Exchange], how: str) -> None:
-        """Store exchanges; if that takes longer than a moment, go on in the background."""
-        key, limit = hashed_key("history", conversation), self._max_exchanges
-        stored = [msgspec.json.encode((uuid4().hex, each)) for each in exchanges]  # no two alike
-        command: Command = ("EVAL", STORE, 1, key, limit, self._ttl, how, *stored)
-        storing = asyncio.create_task(self._store_patiently(command, len(stored)))
-        self._storing.add(storing)
-        storing.add_done_callback(self._storing.discard)
-        try:
-            await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
-        except asyncio.CancelledError:
-            await asyncio.wait([storing], timeout=WAIT_FOR_STORE)
-            raise
 
     async def _store_patiently(self, command: Command, count: int) -> None:
         try:
