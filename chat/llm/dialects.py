@@ -16,16 +16,12 @@ REASONING = {"api.groq.com": re.compile(r"openai/gpt-oss-\d+b")}
 NO_STREAM_OPTIONS = {"api.mistral.ai"}
 
 
-def stream_parameters(host: str) -> dict[str, object]:
-    """Return what is sent along if the reply is to be streamed."""
-    usage = {} if host.lower() in NO_STREAM_OPTIONS else {"stream_options": {"include_usage": True}}
-    return {"stream": True, **usage}
-
-
-def parameters(host: str, model: str, settings: Settings) -> dict[str, object]:
-    """Return what is sent along with the messages."""
-    reasoning, limit = REASONING.get(host.lower()), MAX_TOKENS.get(host.lower(), "max_tokens")
-    found: dict[str, object] = {"model": model, limit: settings.max_tokens}
-    if reasoning and reasoning.fullmatch(model):
+def parameters(host: str, model: str, settings: Settings, *, is_stream: bool) -> dict[str, object]:
+    """Return what is sent along with the messages; the host is in lower case."""
+    found = {"model": model, MAX_TOKENS.get(host, "max_tokens"): settings.max_tokens}
+    if host in REASONING and REASONING[host].fullmatch(model):
         found |= {"include_reasoning": False, "reasoning_effort": settings.reasoning_effort}
+    if is_stream:
+        usage = {} if host in NO_STREAM_OPTIONS else {"stream_options": {"include_usage": True}}
+        found |= {"stream": True, **usage}
     return found

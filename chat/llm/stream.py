@@ -1,8 +1,7 @@
 """Groq's replies: bytes in, tokens out. Pure state machines, without I/O."""
 
+import json
 from collections.abc import Iterator, Mapping
-
-import msgspec
 
 from chat import errors
 from chat.llm import chunks
@@ -28,13 +27,10 @@ class EventParser:
             received = received[1:] if self._after_cr and received[:1] == b"\n" else received
             self._after_cr = received.endswith(b"\r")
             received = received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        complete, end, self._rest = (self._rest + received).rpartition(b"\n\n")
+        block, end, self._rest = (self._rest + received).rpartition(b"\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise errors.GroqReplyBroken(cause=f"an event over {MAX_EVENT_BYTES} bytes")
-        return self._events(complete) if end else []
-
-    def _events(self, block: bytes) -> list[bytes]:
-        if self._is_at_start:
+        if end and self._is_at_start:
             self._is_at_start = False
             block = block.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if block.startswith(b"data: "):
@@ -53,7 +49,7 @@ def _data(event: bytes) -> bytes:
     data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field in kinds)
     last = dict(fields)
     if b"error" in last or last.get(b"event", b"").removeprefix(b" ") == b"error":
-        return msgspec.json.encode({"error": [chunks.load_error(data)]})
+        return json.dumps({"error": [chunks.load(data)]}).encode()
     return data
 
 
@@ -85,18 +81,16 @@ class ReplyParser:
         self._size += len(received)
         if self._size > MAX_REPLY_BYTES:
             raise errors.GroqReplyBroken(cause=f"a reply over {MAX_REPLY_BYTES} bytes")
-        events, tokens = self._parser.feed(received), list[str]()
-        if not self.is_over:
-            tokens = self._tokens(events)
-            is_cut = not (received or self.is_done or self.finish_reason)
-            if is_cut and isinstance(self.error, errors.GroqReplyBroken | None):
-                self.error = errors.GroqReplyCut()
-            self.is_over = self.is_over or not received
-            if self._joiner:
-                is_last = self.is_over or self.finish_reason is not None
-                joined = [*map(self._joiner.join, tokens), self._joiner.join("", is_last=is_last)]
-                tokens = [token for token in joined if token]
-            self.has_text = self.has_text or bool(tokens)
+        events = self._parser.feed(received)
+        if self.is_over:
+            return []
+        tokens = self._tokens(events)
+        if not (received or self.is_done) and isinstance(self.error, errors.GroqReplyBroken | None):
+            self._fail(errors.GroqReplyCut())
+        if self._joiner:
+            text = self._joiner.join("".join(tokens), is_last=self.is_over)
+            tokens = [text] if text else []
+        self.has_text = self.has_text or bool(tokens)
         return tokens
 
     def check(self, max_tokens: int) -> None:
@@ -175,5 +169,4 @@ def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     encoding = headers.get("content-encoding", "")
     if parser and encoding.lower() not in ("gzip", "deflate", "br", "zstd"):
         return ReplyParser(parser())
-    cause = f"content type {media_type:.100}, encoding {encoding:.100}"
-    raise errors.GroqReplyBroken(cause=cause)
+    raise errors.GroqReplyBroken(cause=f"content type {media_type:.100}, encoding {encoding:.100}")
