@@ -12,7 +12,6 @@ import msgspec
 from chat.errors import GroqReplyBroken
 from chat.reply import Usage
 
-MALFORMED = (ValueError, RecursionError)  # raised by decoding
 # Halves of surrogate pairs; those that are left out here stand for bytes that are not UTF-8.
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -51,7 +50,7 @@ def decode(events: list[bytes]) -> list[Chunk] | None:
     """Decode the data of some events in one call; None if the strict decoder refuses them."""
     try:
         chunks = _CHUNKS.decode(b"[" + b",".join(events) + b"]")
-    except MALFORMED:
+    except (ValueError, RecursionError):
         return None
     return chunks if len(chunks) == len(events) else None  # two objects in one event
 
@@ -60,7 +59,7 @@ def load(received: bytes) -> Any:
     """Decode any JSON, with surrogates for what is not UTF-8; return anything else as text."""
     try:
         loaded = json.loads(received.decode(errors="surrogateescape"))
-    except MALFORMED:
+    except (ValueError, RecursionError):
         return received.decode(errors="replace")
     return loaded[0] if isinstance(loaded, list) and loaded else loaded  # as Gemini sends errors
 

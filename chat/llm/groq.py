@@ -30,7 +30,7 @@ BODY_END_TIMEOUT = 0.1  # seconds after `[DONE]` for the end of the body, to kee
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
-# The last: httpx-aiohttp cannot encode a reason phrase that is not UTF-8.
+# The last: httpx-aiohttp has met a reason phrase that is not UTF-8, or msgspec half a character.
 FAULTS = (httpx.HTTPError, aiohttp.ClientError, UnicodeEncodeError)
 LOST = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)  # a connection, by the server
 is_reused: ContextVar[bool] = ContextVar("is_reused")  # the connection of the current request
@@ -96,7 +96,7 @@ class Groq:
             async with aclosing(await self._pooled.handle_async_request(request)) as answer:
                 if answer.status_code != 200:
                     return answer.status_code if answer.status_code in (401, 403) else 0
-                listed = {model["id"] for model in load(await _read_beginning(answer))["data"]}
+                listed = {model["id"] for model in load(await answer.aread())["data"]}
             # Ollama lists `llama3:latest` and accepts `llama3`.
             return 200 if listed & {self.model, f"{self.model}:latest"} else 404
         return 0
@@ -120,8 +120,11 @@ class Groq:
             self.not_before = asyncio.get_running_loop().time() + wait
         responses.append(response)
         if response.status_code != 200:
-            said = load(await _read_beginning(response))
-            raise failure(response.status_code, said, retry_after(response.headers))
+            said = b""  # of no use if it is slow
+            with suppress(TimeoutError, *FAULTS):
+                async with asyncio.timeout(1):
+                    said = await anext(response.aiter_raw(1 << 20), b"")
+            raise failure(response.status_code, load(said), retry_after(response.headers))
         return response
 
 
@@ -129,7 +132,7 @@ def parse_duration(text: str) -> float:
     """Return the seconds of a duration such as `2m59.56s`, at most a day; 0 if it is malformed."""
     parts = DURATION.findall(text)
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    return min(seconds, SECONDS["d"]) if "".join(map("".join, parts)) == text else 0.0
+    return 0.0 if DURATION.sub("", text) else min(seconds, SECONDS["d"])
 
 
 def retry_after(headers: Mapping[str, str]) -> int:
@@ -156,14 +159,6 @@ async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> list[
         async with asyncio.timeout(BODY_END_TIMEOUT):
             await anext(body, b"")
     return tokens
-
-
-async def _read_beginning(response: httpx.Response) -> bytes:
-    """Return a body that should be short, unless it is slow."""
-    with suppress(TimeoutError, *FAULTS):
-        async with asyncio.timeout(1):
-            return await anext(response.aiter_raw(1 << 20), b"")
-    return b""
 
 
 @contextmanager

@@ -109,20 +109,18 @@ class ReplyParser:
         tokens = []
         decoded = chunks.decode(events) or self._decode(events)
         for event, chunk in zip(events, decoded, strict=False):
-            if chunk.choices:
-                choice = chunk.choices[0]
-                delta = choice.delta or choice.message
-                if delta and delta.content:
-                    tokens.append(delta.content)
-                elif delta and delta.refusal:
-                    tokens.append(delta.refusal)
-                    self.is_refusal = True
-            if not chunk.choices or chunk.usage or chunk.x_groq or chunk.error or choice.error:
-                self._note(chunk, event)
-            if not self.error and chunk.choices and choice.finish_reason:
-                self._finish(choice.finish_reason)
-            if self.error:
-                break
+            choice = chunk.choices[0] if chunk.choices else chunks.Choice()
+            delta = choice.delta or choice.message
+            if delta and delta.content:
+                tokens.append(delta.content)
+            elif delta and delta.refusal:
+                tokens.append(delta.refusal)
+                self.is_refusal = True
+            has_more = chunk.usage or chunk.x_groq or chunk.error or choice.error
+            if has_more or choice.finish_reason or not chunk.choices:
+                self._note(chunk, choice, event)
+                if self.error:
+                    break
         return tokens
 
     def _decode(self, events: list[bytes]) -> Iterator[chunks.Chunk]:
@@ -139,34 +137,29 @@ class ReplyParser:
             self._odd = self._odd or odd
             yield chunk
 
-    def _finish(self, reason: str) -> None:
-        if known := FINISH_REASONS.get(reason.lower()):
-            self.finish_reason = known
-        elif reason != "null":
-            self._fail(failure(200, reason))
-
-    def _note(self, chunk: chunks.Chunk, event: bytes) -> None:
-        extra = chunk.x_groq or chunks.GroqExtra()
+    def _note(self, chunk: chunks.Chunk, choice: chunks.Choice, event: bytes) -> None:
+        extra, reason = chunk.x_groq or chunks.GroqExtra(), (choice.finish_reason or "null").lower()
         self.groq_id = extra.id or self.groq_id
         self.usage = chunk.usage or extra.usage or self.usage
-        is_suspect = not chunk.choices or chunk.error or extra.error or chunk.choices[0].error
+        is_suspect = not chunk.choices or chunk.error or extra.error or choice.error
         if is_suspect and (error := error_in(chunks.load(event))):
             self._fail(failure(200, error))
+        elif reason in FINISH_REASONS:
+            self.finish_reason = FINISH_REASONS[reason]
+        elif reason != "null":
+            self._fail(failure(200, choice.finish_reason))
 
     def _fail(self, error: errors.GroqError) -> None:
         self.is_over = True
         self.error = None if self.finish_reason else error
 
 
-PARSERS = {"text/event-stream": EventParser, "application/json": BodyParser}
-
-
 def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     """Return the parser for a response; raise `GroqReplyBroken` if it cannot be a reply."""
     asked_for = "text/event-stream" if is_stream else "application/json"
     media_type = (headers.get("content-type") or asked_for).partition(";")[0].strip().lower()
-    parser = PARSERS.get(media_type)
-    encoding = headers.get("content-encoding", "")
+    parsers = {"text/event-stream": EventParser, "application/json": BodyParser}
+    parser, encoding = parsers.get(media_type), headers.get("content-encoding", "")
     if parser and encoding.lower() not in ("gzip", "deflate", "br", "zstd"):
         return ReplyParser(parser())
     raise errors.GroqReplyBroken(cause=f"content type {media_type:.100}, encoding {encoding:.100}")
