@@ -130,8 +130,7 @@ class Groq:
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a duration such as `2m59.56s`, at most a day; 0 if it is malformed."""
-    parts = DURATION.findall(text)
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in DURATION.findall(text))
     return 0.0 if DURATION.sub("", text) else min(seconds, SECONDS["d"])
 
 
