@@ -89,6 +89,9 @@ FAULTS = {
     "fails before a token": Fault(Script(["a"], error_before_token=0), "failed", FAILED),
     "fails between tokens": Fault(Script(["a", "b"], error_before_token=1), "failed", FAILED, "a"),
     "nonsense": Fault(Script(body=b"data: nonsense\n\n"), "broken", INVALID),
+    "half a character for an object": Fault(
+        Script(body=b'data: {"choices":"\\ud83d"}\n\n'), "broken", INVALID
+    ),
     "a reply that is too large": Fault(Script(body=b"x" * (17 << 20)), "broken", INVALID),
     "empty": Fault(Script([]), "empty", EMPTY),
     "nothing but reasoning": Fault(

@@ -71,7 +71,7 @@ def test_events_without_an_error_are_those_of_the_standard(stream: bytes) -> Non
     assume(not re.search(rb"(^|\n)(\{|error(:|\n|$))", lines))  # read though not standard
     expected = [e.data for e in events(iter([text.encode()])) if e.name != "error" and e.data]
     ours = [data.decode("latin-1") for data in EventParser().feed(stream)]
-    assert [data for data in ours if not data.startswith('{"error":[')] == expected
+    assert [data for data in ours if not data.startswith('{"error": [')] == expected
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])

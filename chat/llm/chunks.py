@@ -12,7 +12,6 @@ import msgspec
 from chat.errors import GroqReplyBroken
 from chat.reply import Usage
 
-MALFORMED = (ValueError, RecursionError)  # raised by decoding
 # Halves of surrogate pairs; those that are left out here stand for bytes that are not UTF-8.
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -51,26 +50,18 @@ def decode(events: list[bytes]) -> list[Chunk] | None:
     """Decode the data of some events in one call; None if the strict decoder refuses them."""
     try:
         chunks = _CHUNKS.decode(b"[" + b",".join(events) + b"]")
-    except MALFORMED:
+    except (ValueError, RecursionError):
         return None
     return chunks if len(chunks) == len(events) else None  # two objects in one event
 
 
-def load(event: bytes) -> Any:
-    """Decode any event, with surrogates for what is not UTF-8; raise if it is not JSON."""
+def load(received: bytes) -> Any:
+    """Decode any JSON, with surrogates for what is not UTF-8; return anything else as text."""
     try:
-        loaded = json.loads(event.decode(errors="surrogateescape"))
-    except MALFORMED:
-        raise GroqReplyBroken(cause="an event that is not JSON") from None
-    return loaded[0] if isinstance(loaded, list) and loaded else loaded  # as Gemini sends errors
-
-
-def load_error(received: bytes) -> Any:
-    """Decode the report of an error, JSON or text."""
-    try:
-        return msgspec.json.decode(received)
-    except MALFORMED:
+        loaded = json.loads(received.decode(errors="surrogateescape"))
+    except (ValueError, RecursionError):
         return received.decode(errors="replace")
+    return loaded[0] if isinstance(loaded, list) and loaded else loaded  # as Gemini sends errors
 
 
 def decode_leniently(event: bytes) -> tuple[Chunk, str]:
@@ -79,23 +70,16 @@ def decode_leniently(event: bytes) -> tuple[Chunk, str]:
     for _ in range(100 if isinstance(loaded, dict) else 0):
         try:
             return msgspec.convert(loaded, Chunk), odd
-        except UnicodeEncodeError:  # half of a character in a string that should be an object
-            break
         except msgspec.ValidationError as error:
             kind, path = re.findall(r"(?:, got `(\w+)`)? - at `\$\.(.+)`", str(error))[0]
         *way, last = [int(n) if n.isdigit() else n for n in re.findall(r"\w+", path)]
         holder = reduce(getitem, way, loaded)
-        found = holder.pop(last)
+        found, odd = holder.pop(last), odd or f"{path}: {kind or 'out of range'}"
         if last == "content" and isinstance(found, list):
-            parts = [
-                part for part in found if isinstance(part, dict) and part.get("type") == "text"
-            ]
-            texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-            holder[last] = "".join(texts)
-            odd = odd or f"{path}: no text part" * (not texts)
-        else:
-            odd = odd or f"{path}: {kind or 'out of range'}"
-    raise GroqReplyBroken(cause=odd or "an event that is no object")
+            parts = [part for part in found if isinstance(part, dict)]
+            texts = [part.get("text") for part in parts if part.get("type") == "text"]
+            holder[last] = "".join(text for text in texts if isinstance(text, str))
+    raise GroqReplyBroken(cause=odd or "an event that is no JSON object")
 
 
 class CharacterJoiner:
@@ -105,7 +89,7 @@ class CharacterJoiner:
         self._pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def join(self, token: str, *, is_last: bool = False) -> str:
+    def join(self, token: str, *, is_last: bool) -> str:
         text = self._pairs.decode(token.encode("utf-16-le", "surrogatepass"), is_last)
         received = LONE.sub("\ufffd", text).encode(errors="surrogateescape")
         return self._bytes.decode(received, is_last)

@@ -11,7 +11,7 @@ from chat import metrics
 from chat.config import Settings
 from chat.errors import GroqError, GroqQuotaExhausted, GroqRefused
 from chat.llm.breaker import CircuitBreaker
-from chat.llm.groq import Groq, ModelState, TokenStream
+from chat.llm.groq import Groq, TokenStream
 from chat.messages import Message
 from chat.reply import Reply
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 0.5  # seconds at most before the first retry; twice as many before each further one
 LONGEST_WAIT = 10.0  # seconds to wait if Groq asks for it; a client is told of a longer wait
-STATES: dict[int, ModelState] = {401: "refused", 403: "refused", 404: "missing"}
-ADVICE: dict[ModelState, str] = {
+STATES = {200: "available", 401: "refused", 403: "refused", 404: "missing"}  # by the status
+ADVICE = {
     "refused": "Groq rejects the key: check GROQ_API_KEY and what it may do",
     "missing": "Groq does not have the model: check MODEL, FALLBACK_MODEL and GROQ_BASE_URL",
 }
@@ -33,7 +33,7 @@ class GroqClient:
         limit = settings.groq_circuit_failures
         self._models = [(each, CircuitBreaker(each.model, limit)) for each in models]
         self._max_retries = settings.groq_max_retries
-        self.model_states: dict[str, ModelState] = {each.model: "unknown" for each in models}
+        self.model_states = {each.model: "unknown" for each in models}
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> TokenStream:
         """Give the tokens of a reply, a read at a time; raise `GroqError` if it fails."""
@@ -50,7 +50,7 @@ class GroqClient:
                         if reply.ttft_ms is None:
                             reply.ttft_ms = reply.duration_ms
                             breaker.success()
-                            self._note(model.model, "available")
+                            self._note(model.model, 200)
                         yield some
                 return
             except GroqError as error:
@@ -83,18 +83,18 @@ class GroqClient:
         return delay
 
     def _learn(self, model: str, breaker: CircuitBreaker, error: GroqError) -> None:
-        if isinstance(error, GroqRefused) and error.upstream_status in STATES:
-            self._note(model, STATES[error.upstream_status])
+        if isinstance(error, GroqRefused):
+            self._note(model, error.upstream_status)
         if error.is_outage:
             breaker.failure()
         elif error.reason not in ("down", "quota"):
             breaker.success()  # after a 429 of a limit in front of it, the model may still be down
 
-    def _note(self, model: str, state: ModelState) -> None:
-        fields = {"fields": {"model": model}}
+    def _note(self, model: str, status: int) -> None:
+        state, fields = STATES.get(status), {"fields": {"model": model}}
         if state in ADVICE:  # each time: only the operator can fix it
             logger.error(ADVICE[state], extra=fields)
-        if state not in (self.model_states[model], "unknown"):
+        if state and state != self.model_states[model]:
             self.model_states[model] = state
             metrics.GROQ_MODEL_AVAILABLE.labels(model).set(state == "available")
             logger.info("model %s", state, extra=fields)

@@ -10,22 +10,17 @@ MAX_TOKENS = {
     "api.openai.com": "max_completion_tokens",  # https://platform.openai.com/docs/api-reference/chat
     "openrouter.ai": "max_completion_tokens",  # https://openrouter.ai/docs/api-reference/parameters
 }
-# The models that are told how to reason: https://console.groq.com/docs/reasoning
-REASONING = {"api.groq.com": re.compile(r"openai/gpt-oss-\d+b")}
-# It sends usage by itself, and refuses to be asked: https://docs.mistral.ai/api
-NO_STREAM_OPTIONS = {"api.mistral.ai"}
 
 
-def stream_parameters(host: str) -> dict[str, object]:
-    """Return what is sent along if the reply is to be streamed."""
-    usage = {} if host.lower() in NO_STREAM_OPTIONS else {"stream_options": {"include_usage": True}}
-    return {"stream": True, **usage}
-
-
-def parameters(host: str, model: str, settings: Settings) -> dict[str, object]:
-    """Return what is sent along with the messages."""
-    reasoning, limit = REASONING.get(host.lower()), MAX_TOKENS.get(host.lower(), "max_tokens")
-    found: dict[str, object] = {"model": model, limit: settings.max_tokens}
-    if reasoning and reasoning.fullmatch(model):
+def parameters(host: str, model: str, settings: Settings, *, is_stream: bool) -> dict[str, object]:
+    """Return what is sent along with the messages; the host is in lower case."""
+    found = {"model": model, MAX_TOKENS.get(host, "max_tokens"): settings.max_tokens}
+    if host == "api.groq.com" and re.fullmatch(r"openai/gpt-oss-\d+b", model):
+        # https://console.groq.com/docs/reasoning
         found |= {"include_reasoning": False, "reasoning_effort": settings.reasoning_effort}
+    if is_stream:
+        found["stream"] = True
+    if is_stream and host != "api.mistral.ai":
+        # Mistral sends usage by itself, and refuses to be asked: https://docs.mistral.ai/api
+        found["stream_options"] = {"include_usage": True}
     return found

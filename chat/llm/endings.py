@@ -84,11 +84,10 @@ def error_in(event: dict[str, Any]) -> Any:
 def _members(said: Any) -> dict[str, Any]:
     """Return the members of an error, whatever it is wrapped in; the innermost go first."""
     members: dict[str, Any] = {}
-    for _ in range(5):
+    while said and isinstance(said, dict | list):
         if isinstance(said, list):
-            said = said[0] if said else None
-        if not isinstance(said, dict):
-            break
-        members |= {name: value for name, value in said.items() if value}
-        said = said.get("error") or said.get("detail") or said.get("x_groq")
+            said = said[0]
+        else:
+            members |= {name: value for name, value in said.items() if value}
+            said = said.get("error") or said.get("detail") or said.get("x_groq")
     return members | {"message": said} if isinstance(said, str) else members

@@ -1,8 +1,4 @@
-"""
-One request to Groq, over httpx with aiohttp as its transport: the only place that names the two.
-The protocol is https://console.groq.com/docs/api-reference#chat-create, and what the headers say
-of a model's quota https://console.groq.com/docs/rate-limits
-"""
+"""One request to Groq, over httpx with aiohttp as its transport: no other place names the two."""
 
 import asyncio
 import re
@@ -11,7 +7,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from contextvars import ContextVar
 from functools import partial
 from math import ceil
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import aiohttp
 import httpx
@@ -20,8 +16,8 @@ from httpx_aiohttp import AiohttpTransport
 
 from chat import errors, metrics
 from chat.config import Settings, proxy_for
-from chat.llm.chunks import MALFORMED, load_error
-from chat.llm.dialects import parameters, stream_parameters
+from chat.llm.chunks import load
+from chat.llm.dialects import parameters
 from chat.llm.endings import failure
 from chat.llm.stream import ReplyParser, parser_for
 from chat.messages import Message
@@ -34,23 +30,20 @@ BODY_END_TIMEOUT = 0.1  # seconds after `[DONE]` for the end of the body, to kee
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
-LONGEST = 86_400  # seconds; Groq's windows are a minute and a day
-# The last: httpx-aiohttp cannot encode a reason phrase that is not UTF-8.
+# The last: httpx-aiohttp has met a reason phrase that is not UTF-8, or msgspec half a character.
 FAULTS = (httpx.HTTPError, aiohttp.ClientError, UnicodeEncodeError)
 LOST = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)  # a connection, by the server
 is_reused: ContextVar[bool] = ContextVar("is_reused")  # the connection of the current request
 
-Transports = Sequence[AiohttpTransport]  # with a pool, and with a new connection for each request
 TokenStream = AsyncGenerator[list[str], None]
-ModelState = Literal["available", "missing", "refused", "unknown"]
 
 
 class Groq:
     """Ask one model for replies, once each; `not_before` is when its quota allows the next one."""
 
-    def __init__(self, transports: Transports, settings: Settings, model: str) -> None:
-        self.model, self.not_before = model, 0.0
-        (self._transport, self._fresh), self._settings = transports, settings
+    def __init__(self, settings: Settings, model: str, *transports: AiohttpTransport) -> None:
+        self.model, self.not_before, self._settings = model, 0.0, settings
+        self._pooled, self._fresh = transports  # the latter connects anew for each request
         self._base_url = settings.groq_base_url.rstrip("/")
         self._chat_url = httpx.URL(f"{self._base_url}/chat/completions")
         connect, read = settings.groq_connect_timeout, settings.groq_timeout
@@ -59,8 +52,7 @@ class Groq:
             headers=httpx.Headers(HEADERS | {"Authorization": f"Bearer {settings.groq_api_key}"}),
             extensions={"timeout": {"connect": connect, "pool": connect, "read": read}},
         )
-        self._options = parameters(self._chat_url.host, model, settings)
-        self._stream_options = stream_parameters(self._chat_url.host)
+        self._parameters = partial(parameters, self._chat_url.host, model, settings)
 
     async def stream(self, messages: Sequence[Message], reply: Reply) -> TokenStream:
         """Give the tokens of a reply, a read at a time; raise `GroqError` if it fails."""
@@ -97,32 +89,28 @@ class Groq:
                 for response in responses:
                     await response.aclose()
 
-    async def look_up(self) -> ModelState:
-        """Find out whether the server knows the key and the model; unknown if it does not say."""
-        with suppress(TimeoutError, LookupError, TypeError, *FAULTS, *MALFORMED):
-            async with asyncio.timeout(10):
-                request = self._request("GET", f"{self._base_url}/models")
-                async with aclosing(await self._transport.handle_async_request(request)) as answer:
-                    if answer.status_code != 200:
-                        return "refused" if answer.status_code in (401, 403) else "unknown"
-                    body = await _read_beginning(answer)
-            found = {model["id"] for model in msgspec.json.decode(body)["data"]}
+    async def look_up(self) -> int:
+        """Return the status that a chat would get, by the server's list of models; 0 if unknown."""
+        request = self._request("GET", f"{self._base_url}/models")
+        with suppress(LookupError, TypeError, *FAULTS):
+            async with aclosing(await self._pooled.handle_async_request(request)) as answer:
+                if answer.status_code != 200:
+                    return answer.status_code if answer.status_code in (401, 403) else 0
+                listed = {model["id"] for model in load(await answer.aread())["data"]}
             # Ollama lists `llama3:latest` and accepts `llama3`.
-            return "available" if found & {self.model, f"{self.model}:latest"} else "missing"
-        return "unknown"
+            return 200 if listed & {self.model, f"{self.model}:latest"} else 404
+        return 0
 
     async def _ask(
         self, messages: Sequence[Message], reply: Reply, responses: list[httpx.Response]
     ) -> httpx.Response:
         """Send the request; return the response, which is among those to be closed."""
-        options = {**self._options, "messages": messages}
-        if reply.is_stream:
-            options |= self._stream_options
+        options = self._parameters(is_stream=reply.is_stream) | {"messages": messages}
         request = self._request("POST", self._chat_url, content=msgspec.json.encode(options))
         # There is no client in front: what it adds, such as redirects, costs 0.06 ms a request.
         is_reused.set(False)
         try:
-            response = await self._transport.handle_async_request(request)
+            response = await self._pooled.handle_async_request(request)
         except FAULTS as error:
             if not (is_reused.get() and isinstance(error.__cause__ or error, LOST)):
                 raise
@@ -132,15 +120,18 @@ class Groq:
             self.not_before = asyncio.get_running_loop().time() + wait
         responses.append(response)
         if response.status_code != 200:
-            raise await _refusal(response)
+            said = b""  # of no use if it is slow
+            with suppress(TimeoutError, *FAULTS):
+                async with asyncio.timeout(1):
+                    said = await anext(response.aiter_raw(1 << 20), b"")
+            raise failure(response.status_code, load(said), retry_after(response.headers))
         return response
 
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a duration such as `2m59.56s`, at most a day; 0 if it is malformed."""
-    parts = DURATION.findall(text)
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    return min(seconds, LONGEST) if "".join(map("".join, parts)) == text else 0.0
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in DURATION.findall(text))
+    return 0.0 if DURATION.sub("", text) else min(seconds, SECONDS["d"])
 
 
 def retry_after(headers: Mapping[str, str]) -> int:
@@ -149,7 +140,7 @@ def retry_after(headers: Mapping[str, str]) -> int:
 
 
 def exhausted_for(status: int, headers: Mapping[str, str]) -> float:
-    """Return for how many seconds the model should not be asked, by the headers of a response."""
+    """Return for how many seconds not to ask again: https://console.groq.com/docs/rate-limits."""
     wait: float = retry_after(headers) if status == 429 else 0
     for kind in ("requests", "tokens"):
         if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
@@ -157,46 +148,25 @@ def exhausted_for(status: int, headers: Mapping[str, str]) -> float:
     return wait
 
 
-async def _refusal(response: httpx.Response) -> errors.GroqError:
-    """Return what a response with an error status means."""
-    status, said = response.status_code, b""
-    if status in (400, 422, 500):
-        said = await _read_beginning(response)
-    return failure(status, load_error(said), retry_after(response.headers))
-
-
 async def _read_ending(body: AsyncIterator[bytes], parser: ReplyParser) -> list[str]:
     """Read what may follow the last token, so that usage is known and the connection kept."""
     tokens: list[str] = []
     with suppress(TimeoutError, errors.GroqReplyBroken, *FAULTS):
-        async with asyncio.timeout(BODY_END_TIMEOUT if parser.is_done else ENDING_TIMEOUT) as limit:
-            while received := await anext(body, b""):
-                tokens += parser.feed(received)
-                if parser.is_done:
-                    limit.reschedule(asyncio.get_running_loop().time() + BODY_END_TIMEOUT)
-            parser.feed(b"")
+        async with asyncio.timeout(ENDING_TIMEOUT):
+            while not parser.is_over:
+                tokens += parser.feed(await anext(body, b""))
+        async with asyncio.timeout(BODY_END_TIMEOUT):
+            await anext(body, b"")
     return tokens
-
-
-async def _read_beginning(response: httpx.Response) -> bytes:
-    """Return a body that should be short, unless it is slow."""
-    with suppress(TimeoutError, *FAULTS):
-        async with asyncio.timeout(1):
-            return await anext(response.aiter_raw(1 << 20), b"")
-    return b""
 
 
 @contextmanager
 def _translated() -> Iterator[list[httpx.Response]]:
     """Turn what goes wrong, before or after a response, into our errors; count the outcome."""
-    responses: list[httpx.Response] = []
-    outcome = "cancelled"
+    responses, outcome = list[httpx.Response](), "cancelled"
     try:
         yield responses
         outcome = "completed"
-    except errors.GroqError as error:
-        outcome = error.reason
-        raise
     except (TimeoutError, *FAULTS) as error:
         kind: type[errors.GroqError] = errors.GroqReplyCut if responses else errors.GroqUnreachable
         # httpx-aiohttp reports a refused connection as a ConnectTimeout too: the cause tells.
@@ -207,8 +177,8 @@ def _translated() -> Iterator[list[httpx.Response]]:
             kind = errors.GroqReplyBroken
         outcome = kind.reason
         raise kind(cause=type(cause or error).__name__) from error
-    except Exception:
-        outcome = "internal"
+    except Exception as error:
+        outcome = error.reason if isinstance(error, errors.GroqError) else "internal"
         raise
     finally:
         metrics.groq_requests[outcome].inc()
@@ -230,13 +200,11 @@ async def open_groq(settings: Settings) -> AsyncIterator[list[Groq]]:
             session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=verify, **options),
                 cookie_jar=aiohttp.DummyCookieJar(),  # what Groq sets for one client is not others'
-                max_line_size=64 << 10,
                 max_field_size=64 << 10,
+                proxy=proxy,
                 trace_configs=[tracing],
             )
-            transport = AiohttpTransport(
-                client=session, verify=verify, proxy=httpx.Proxy(proxy) if proxy else None
-            )
+            transport = AiohttpTransport(client=session, verify=verify)
             transports.append(await stack.enter_async_context(transport))
         names = filter(None, (settings.model, settings.fallback_model))
-        yield [Groq(transports, settings, name) for name in names]
+        yield [Groq(settings, name, *transports) for name in names]

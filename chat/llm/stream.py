@@ -1,8 +1,7 @@
 """Groq's replies: bytes in, tokens out. Pure state machines, without I/O."""
 
+import json
 from collections.abc import Iterator, Mapping
-
-import msgspec
 
 from chat import errors
 from chat.llm import chunks
@@ -28,13 +27,10 @@ class EventParser:
             received = received[1:] if self._after_cr and received[:1] == b"\n" else received
             self._after_cr = received.endswith(b"\r")
             received = received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        complete, end, self._rest = (self._rest + received).rpartition(b"\n\n")
+        block, end, self._rest = (self._rest + received).rpartition(b"\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise errors.GroqReplyBroken(cause=f"an event over {MAX_EVENT_BYTES} bytes")
-        return self._events(complete) if end else []
-
-    def _events(self, block: bytes) -> list[bytes]:
-        if self._is_at_start:
+        if end and self._is_at_start:
             self._is_at_start = False
             block = block.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if block.startswith(b"data: "):
@@ -53,7 +49,7 @@ def _data(event: bytes) -> bytes:
     data = b"\n".join(value.removeprefix(b" ") for field, value in fields if field in kinds)
     last = dict(fields)
     if b"error" in last or last.get(b"event", b"").removeprefix(b" ") == b"error":
-        return msgspec.json.encode({"error": [chunks.load_error(data)]})
+        return json.dumps({"error": [chunks.load(data)]}).encode()
     return data
 
 
@@ -85,18 +81,16 @@ class ReplyParser:
         self._size += len(received)
         if self._size > MAX_REPLY_BYTES:
             raise errors.GroqReplyBroken(cause=f"a reply over {MAX_REPLY_BYTES} bytes")
-        events, tokens = self._parser.feed(received), list[str]()
-        if not self.is_over:
-            tokens = self._tokens(events)
-            is_cut = not (received or self.is_done or self.finish_reason)
-            if is_cut and isinstance(self.error, errors.GroqReplyBroken | None):
-                self.error = errors.GroqReplyCut()
-            self.is_over = self.is_over or not received
-            if self._joiner:
-                is_last = self.is_over or self.finish_reason is not None
-                joined = [*map(self._joiner.join, tokens), self._joiner.join("", is_last=is_last)]
-                tokens = [token for token in joined if token]
-            self.has_text = self.has_text or bool(tokens)
+        events = self._parser.feed(received)
+        if self.is_over:
+            return []
+        tokens = self._tokens(events)
+        if not (received or self.is_done) and isinstance(self.error, errors.GroqReplyBroken | None):
+            self._fail(errors.GroqReplyCut())
+        if self._joiner:
+            text = self._joiner.join("".join(tokens), is_last=self.is_over)
+            tokens = [text] if text else []
+        self.has_text = self.has_text or bool(tokens)
         return tokens
 
     def check(self, max_tokens: int) -> None:
@@ -115,20 +109,18 @@ class ReplyParser:
         tokens = []
         decoded = chunks.decode(events) or self._decode(events)
         for event, chunk in zip(events, decoded, strict=False):
-            if chunk.choices:
-                choice = chunk.choices[0]
-                delta = choice.delta or choice.message
-                if delta and delta.content:
-                    tokens.append(delta.content)
-                elif delta and delta.refusal:
-                    tokens.append(delta.refusal)
-                    self.is_refusal = True
-            if not chunk.choices or chunk.usage or chunk.x_groq or chunk.error or choice.error:
-                self._note(chunk, event)
-            if not self.error and chunk.choices and choice.finish_reason:
-                self._finish(choice.finish_reason)
-            if self.error:
-                break
+            choice = chunk.choices[0] if chunk.choices else chunks.Choice()
+            delta = choice.delta or choice.message
+            if delta and delta.content:
+                tokens.append(delta.content)
+            elif delta and delta.refusal:
+                tokens.append(delta.refusal)
+                self.is_refusal = True
+            has_more = chunk.usage or chunk.x_groq or chunk.error or choice.error
+            if has_more or choice.finish_reason or not chunk.choices:
+                self._note(chunk, choice, event)
+                if self.error:
+                    break
         return tokens
 
     def _decode(self, events: list[bytes]) -> Iterator[chunks.Chunk]:
@@ -145,35 +137,29 @@ class ReplyParser:
             self._odd = self._odd or odd
             yield chunk
 
-    def _finish(self, reason: str) -> None:
-        if known := FINISH_REASONS.get(reason.lower()):
-            self.finish_reason = known
-        elif reason != "null":
-            self._fail(failure(200, reason))
-
-    def _note(self, chunk: chunks.Chunk, event: bytes) -> None:
-        extra = chunk.x_groq or chunks.GroqExtra()
+    def _note(self, chunk: chunks.Chunk, choice: chunks.Choice, event: bytes) -> None:
+        extra, reason = chunk.x_groq or chunks.GroqExtra(), (choice.finish_reason or "null").lower()
         self.groq_id = extra.id or self.groq_id
         self.usage = chunk.usage or extra.usage or self.usage
-        is_suspect = not chunk.choices or chunk.error or extra.error or chunk.choices[0].error
+        is_suspect = not chunk.choices or chunk.error or extra.error or choice.error
         if is_suspect and (error := error_in(chunks.load(event))):
             self._fail(failure(200, error))
+        elif reason in FINISH_REASONS:
+            self.finish_reason = FINISH_REASONS[reason]
+        elif reason != "null":
+            self._fail(failure(200, choice.finish_reason))
 
     def _fail(self, error: errors.GroqError) -> None:
         self.is_over = True
         self.error = None if self.finish_reason else error
 
 
-PARSERS = {"text/event-stream": EventParser, "application/json": BodyParser}
-
-
 def parser_for(headers: Mapping[str, str], *, is_stream: bool) -> ReplyParser:
     """Return the parser for a response; raise `GroqReplyBroken` if it cannot be a reply."""
     asked_for = "text/event-stream" if is_stream else "application/json"
     media_type = (headers.get("content-type") or asked_for).partition(";")[0].strip().lower()
-    parser = PARSERS.get(media_type)
-    encoding = headers.get("content-encoding", "")
+    parsers = {"text/event-stream": EventParser, "application/json": BodyParser}
+    parser, encoding = parsers.get(media_type), headers.get("content-encoding", "")
     if parser and encoding.lower() not in ("gzip", "deflate", "br", "zstd"):
         return ReplyParser(parser())
-    cause = f"content type {media_type:.100}, encoding {encoding:.100}"
-    raise errors.GroqReplyBroken(cause=cause)
+    raise errors.GroqReplyBroken(cause=f"content type {media_type:.100}, encoding {encoding:.100}")
