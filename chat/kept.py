@@ -39,11 +39,6 @@ class KeptReply:
     def last_position(self) -> int:
         return len(self.reply.text) + bool(self.end)
 
-    def parts(self) -> list[Part]:
-        """Return all that there is."""
-        text = Part(0, "text", self.reply.text)
-        return [text, self.end] if self.end else [text]
-
     def set_reader(self, reader: object, *timer: Any) -> None:
         """Give it to a reader or to nobody; the one before is told so, and the timer stops."""
         if self._timer:
@@ -87,7 +82,6 @@ class KeptReply:
 class Reading:
     """The tokens from a position on, in lists, and afterwards how the reply has ended."""
 
-    place = "here"
     end: Part | None = None
     truncated: str | None = None
     is_after_cr = False  # the text before what comes next ends with a CR
@@ -148,8 +142,6 @@ class Reading:
 
 class Elsewhere(Reading):
     """A reply that another replica runs, or has left in Redis."""
-
-    place = "elsewhere"
 
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
         self.after = self.position = self._received = after

@@ -78,7 +78,8 @@ class Replies:
             async with asyncio.timeout(3):
                 for kept in reversed([*self._kept.values()]):
                     await asyncio.wait([kept.task])
-                    await self._handover.leave(kept.key, kept.parts())
+                    parts = [Part(0, "text", kept.reply.text), *filter(None, [kept.end])]
+                    await self._handover.leave(kept.key, parts)
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -100,7 +101,7 @@ class Replies:
                 kept.task = self._in_background(self._run(kept, request, admit))
                 self._leave(kept, None)  # the connection may break before it is read
                 return Reading(kept, 0, self._leave)
-        metrics.resumes[reading.place].inc()
+        metrics.resumes["elsewhere" if isinstance(reading, Elsewhere) else "here"].inc()
         return reading
 
     async def _find(self, key: str, fingerprint: str = "", after: int = 0) -> Reading | None:
