@@ -128,7 +128,7 @@ class Replies:
                 async for some in tokens:
                     if kept.reader is None:
                         metrics.CHAT_UNATTENDED_TOKENS.inc(len(some))
-                    kept.changed.set()
+                    kept.wake()
         except asyncio.CancelledError:  # nobody has come back
             kept.error = errors.ReplyNotFound()
         except errors.ChatError as error:

@@ -96,9 +96,8 @@ class Framer:
         if reading is None:
             return ("data: " + "\n\ndata: ".join(lines) + "\n\n").encode()
         ends = reading.ends(tokens)
-        if len(ends) == 1:  # as most are while the model writes
-            return f"data: {lines[0]}\nid: {ends[0]}\n\n".encode()
-        return "".join(map("data: {}\nid: {}\n\n".format, lines, ends)).encode()
+        events = [f"data: {line}\nid: {end}\n\n" for line, end in zip(lines, ends, strict=True)]
+        return "".join(events).encode()
 
     def end(self, event: bytes) -> bytes:
         """Return the last event with its id, one further than the text."""
