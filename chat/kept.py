@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from itertools import count
 from math import inf
 from typing import Any
@@ -157,15 +157,14 @@ class Elsewhere(Reading):
         self._name = uuid4().hex
 
     async def cancel(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                reader, parts = await self._ask("cancel")
-                while not parts:
-                    await asyncio.sleep(READ_INTERVAL)
-                    parts = await self._handover.receive(reader)
-                if parts[0].kind == errors.ReplyNotFound.__name__:
-                    raise errors.ReplyNotFound
+        reader, parts = await self._ask("cancel")
+        for _ in range(10):  # a second
+            if parts and parts[0].kind == errors.ReplyNotFound.__name__:
+                raise errors.ReplyNotFound
+            if parts:
                 return
+            await asyncio.sleep(READ_INTERVAL)
+            parts = await self._handover.receive(reader)
         raise errors.ReplyUnavailable
 
     def summary(self) -> dict[str, Any]:
