@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from chat import errors
 from chat.llm import chunks
-from chat.llm.endings import EMPTY, FINISH_REASONS, error_in, failure
+from chat.llm.dialects import EMPTY, FINISH_REASONS, error_in, failure
 from chat.reply import Usage
 
 MAX_REPLY_BYTES = 16 << 20
