@@ -13,7 +13,7 @@ from chat.llm.client import GroqClient
 from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest, Exchange, Message, flatten
 from chat.prompt import fit, split
-from chat.reply import Reply, Usage
+from chat.reply import Reply
 from chat.storage.history import SHARED, History
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
@@ -133,10 +133,9 @@ class ChatService:
     def _count_tokens(self, reply: Reply) -> None:
         if reply.ttft_ms is None:
             return  # nothing was generated
-        usage = reply.usage or Usage()
-        reply.prompt_tokens = usage.prompt_tokens or reply.estimated_tokens
+        reply.prompt_tokens = reply.usage.prompt_tokens or reply.estimated_tokens
         estimated = estimate_tokens(reply.text) if reply.sent else 0
-        reply.completion_tokens = usage.completion_tokens or estimated
+        reply.completion_tokens = reply.usage.completion_tokens or estimated
         metrics.prompt_tokens.inc(reply.prompt_tokens)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
@@ -203,12 +202,10 @@ class ChatService:
         """Return the count of the exchange, and remember what Groq's report says about it."""
         asked, answered, usage = turn.new_count, None, reply.usage
         # Another model's counts are not this one's.
-        if usage and reply.is_whole and reply.model == self._settings.model:
-            if self._counts.learn(answer, usage.reply_tokens):
-                answered = Count(usage.reply_tokens, True)
+        if reply.is_whole and reply.model == self._settings.model:
+            answered = self._counts.learn(answer, usage.reply_tokens)
             is_rest_known = all(exchange.is_exact for exchange in turn.history)
             if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
                 tokens = (usage.prompt_tokens or 0) - reply.estimated_tokens + asked.tokens
-                if self._counts.learn(turn.new[0], tokens):
-                    asked = Count(tokens, True)
+                asked = self._counts.learn(turn.new[0], tokens) or asked
         return total([asked, answered or Count(estimate(answer), False)])
