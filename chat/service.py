@@ -98,21 +98,18 @@ class ChatService:
             reply.expire(errors.Draining())
 
     def _admit(self, reply: Reply) -> None:
+        """Make room for a reply, if need be by ending the one unattended for longest."""
         limit, client = self._settings.max_concurrent_per_client, reply.client
         if self.is_draining:
             raise errors.Draining
         if len(self._replies) >= self._settings.max_concurrent:
-            self._make_room()
+            oldest = min(self._replies, key=lambda each: each.unattended_since)
+            if oldest.unattended_since == inf or not oldest.task:
+                raise errors.TooBusy
+            self._replies.discard(oldest)
+            oldest.task.cancel()
         if limit and sum(each.client == client for each in self._replies) >= limit:
             raise errors.TooManyReplies(limit)
-
-    def _make_room(self) -> None:
-        """End the reply that has been unattended for longest; raise `TooBusy` if there is none."""
-        oldest = min(self._replies, key=lambda each: each.unattended_since)
-        if oldest.unattended_since == inf or not oldest.task:
-            raise errors.TooBusy
-        self._replies.discard(oldest)
-        oldest.task.cancel()
 
     @contextmanager
     def _counted(self, reply: Reply) -> Iterator[None]:
