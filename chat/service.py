@@ -29,7 +29,6 @@ class History(Protocol):
     # Adds exchanges, or with `anew` puts them in place of the others; drops the oldest.
     async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None: ...
     async def forget(self, conversation: str) -> None: ...  # whether or not there is one
-    async def aclose(self) -> None: ...  # waits for what is still being stored
 
 
 @dataclass(slots=True)

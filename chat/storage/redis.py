@@ -70,11 +70,9 @@ class RedisClient:
             responses: list[Any] = await self._within(self._optional_timeout, sending)
         except FAULTS as error:
             responses = [error] * len(commands)
-        for number, response in enumerate(responses):
-            if isinstance(response, FAULTS):
-                self._suspect.set()
-                responses[number] = None
-        return responses
+        if any(isinstance(response, FAULTS) for response in responses):
+            self._suspect.set()
+        return [None if isinstance(response, FAULTS) else response for response in responses]
 
     async def check_forever(self) -> None:
         """Check now and then, and at once after a fault, whether Redis accepts commands."""
