@@ -120,9 +120,8 @@ class CircuitBreaker:
 
     def success(self) -> None:
         """Note that the model has responded."""
-        self._failures = 0
+        self._failures, self._pause = 0, FIRST_PAUSE
         if self.state != CLOSED:
-            self._pause = FIRST_PAUSE
             self._change(CLOSED)
             logger.info("circuit breaker closed", extra={"fields": {"model": self._model}})
 
