@@ -18,11 +18,12 @@ class SettingsError(Exception):
     """A setting is missing or invalid; the message is one line that names the variable."""
 
 
-HOST = r"([\w.-]+|\[[0-9a-fA-F:]+\])"
-NODE = rf"{HOST}(:[1-9]\d{{0,4}})?"
+HOST = r"([\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:.]+(%\w+)?\])"
+PORT = r":([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+NODE = f"{HOST}({PORT})?"
 URL = rf"rediss?://([^\s/?#@]*@)?{NODE}(/\d{{0,3}})?"
 CLUSTER = rf"rediss?\+cluster://([^\s/?#@]*@)?{NODE}(,{NODE})*/?"
-REDIS = rf"|{HOST}:[1-9]\d{{0,4}}|{URL}|{CLUSTER}"
+REDIS = rf"|{HOST}{PORT}|{URL}|{CLUSTER}"
 RATE = r"|[1-9]\d{0,5}/(second|minute|hour|day)"
 ORIGINS = r"(\s*(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@,]+/?)?\s*(,|$))*"
 LEVELS = "debug|info|warning|error"
@@ -42,7 +43,7 @@ def number(least: float, most: float, kind: str = "a whole number") -> Meta:
 
 Text = Annotated[str, Meta(description="text in UTF-8")]
 Key = Annotated[str, text("[!-~]+", "an API key from https://console.groq.com/keys, unquoted")]
-BaseURL = Annotated[str, text(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "an http:// or https:// URL")]
+BaseURL = Annotated[str, text(rf"https?://{NODE}(/[^\s?#]*)?", "an http:// or https:// URL")]
 Networks = Annotated[str, Meta(description="networks such as 10.0.0.0/8, separated by commas")]
 Origins = Annotated[str, text(ORIGINS, "origins such as https://a.example, separated by commas")]
 RedisAddress = Annotated[str, text(REDIS, "host:port, a redis:// URL, or empty for no Redis")]
@@ -137,13 +138,8 @@ def _parse(field: str, given: str, hint: Any) -> Any:
         given = given.lower() if field in CASELESS else given
         given = BOOLEANS.get(given.lower(), given) if kind is bool else given
         value = msgspec.convert(given, hint, strict=False)
-        # What no pattern finds, and would fail later, in each request:
         for network in value.rstrip(", ").split(",") if field == "trusted_proxies" else ():
-            ip_network(network.strip())
-        if field in ("groq_base_url", "redis_addr"):
-            for node in value.rpartition("://")[2].rpartition("@")[2].split(","):
-                address = urlsplit(f"//{node}")
-                _ = address.port, (address.hostname or "").encode("idna")  # or a ValueError
+            ip_network(network.strip())  # or a ValueError
         return value
     except ValueError:
         is_secret = field in ("groq_api_key", "redis_password") or "@" in given

@@ -129,10 +129,6 @@ class GroqUnreachable(GroqError, reason="unreachable", is_temporary=True, is_out
     text = "the language model service is unreachable"
 
 
-# 498: Groq's flex capacity is exhausted; from 520 on: a proxy in front of Groq cannot reach it.
-_OUTAGES = frozenset((498, 500, 502, 503, 504, *range(520, 531)))
-
-
 class GroqRefused(GroqError, reason="refused"):
     """An error status; `is_too_large`: the prompt exceeds what the model accepts."""
 
@@ -147,7 +143,8 @@ class GroqRefused(GroqError, reason="refused"):
         super().__init__(what, retry_after=retry_after)
         self.log_fields["upstream_status"] = self.upstream_status = upstream_status
         self.is_too_large = is_too_large
-        self.is_outage = upstream_status in _OUTAGES
+        # 498: its flex capacity is exhausted; from 520 on: a proxy in front of it cannot reach it.
+        self.is_outage = upstream_status in (498, 500, 502, 503, 504, *range(520, 531))
         self.is_temporary = self.is_outage or upstream_status in (408, 409, 429)
         self.is_of_model = upstream_status in (404, 429, 498, 503)
 

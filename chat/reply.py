@@ -45,7 +45,7 @@ class Reply:
     model: str | None = None  # the one that was asked last
     finish_reason: str | None = None  # why the model stopped, once it has
     groq_id: str | None = None  # to be given to Groq's support
-    usage: Usage | None = None
+    usage: Usage = field(default_factory=Usage)
     estimated_tokens: int = 0  # of the prompt
     prompt_tokens: int | None = None  # as Groq reported them, otherwise estimated
     completion_tokens: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from math import inf
+from typing import Protocol
 
 from chat import errors, metrics
 from chat.config import Settings
@@ -13,11 +14,21 @@ from chat.llm.client import GroqClient
 from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest, Exchange, Message, flatten
 from chat.prompt import fit, split
-from chat.reply import Reply, Usage
-from chat.storage.history import SHARED, History
+from chat.reply import Reply
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
 logger = logging.getLogger(__name__)
+
+SHARED = "shared"  # the conversation of all clients that name none; too short for a client's own id
+
+
+class History(Protocol):
+    """Each operation is atomic; storing outlasts its caller and raises no `HistoryUnavailable`."""
+
+    async def read(self, conversation: str) -> Sequence[Exchange]: ...  # a snapshot, oldest first
+    # Adds exchanges, or with `anew` puts them in place of the others; drops the oldest.
+    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None: ...
+    async def forget(self, conversation: str) -> None: ...  # whether or not there is one
 
 
 @dataclass(slots=True)
@@ -86,21 +97,18 @@ class ChatService:
             reply.expire(errors.Draining())
 
     def _admit(self, reply: Reply) -> None:
+        """Make room for a reply, if need be by ending the one unattended for longest."""
         limit, client = self._settings.max_concurrent_per_client, reply.client
         if self.is_draining:
             raise errors.Draining
         if len(self._replies) >= self._settings.max_concurrent:
-            self._make_room()
+            oldest = min(self._replies, key=lambda each: each.unattended_since)
+            if oldest.unattended_since == inf or not oldest.task:
+                raise errors.TooBusy
+            self._replies.discard(oldest)
+            oldest.task.cancel()
         if limit and sum(each.client == client for each in self._replies) >= limit:
             raise errors.TooManyReplies(limit)
-
-    def _make_room(self) -> None:
-        """End the reply that has been unattended for longest; raise `TooBusy` if there is none."""
-        oldest = min(self._replies, key=lambda each: each.unattended_since)
-        if oldest.unattended_since == inf or not oldest.task:
-            raise errors.TooBusy
-        self._replies.discard(oldest)
-        oldest.task.cancel()
 
     @contextmanager
     def _counted(self, reply: Reply) -> Iterator[None]:
@@ -133,10 +141,9 @@ class ChatService:
     def _count_tokens(self, reply: Reply) -> None:
         if reply.ttft_ms is None:
             return  # nothing was generated
-        usage = reply.usage or Usage()
-        reply.prompt_tokens = usage.prompt_tokens or reply.estimated_tokens
+        reply.prompt_tokens = reply.usage.prompt_tokens or reply.estimated_tokens
         estimated = estimate_tokens(reply.text) if reply.sent else 0
-        reply.completion_tokens = usage.completion_tokens or estimated
+        reply.completion_tokens = reply.usage.completion_tokens or estimated
         metrics.prompt_tokens.inc(reply.prompt_tokens)
         metrics.completion_tokens.inc(reply.completion_tokens)
         if reply.is_stream:  # a JSON reply comes as a whole
@@ -203,12 +210,10 @@ class ChatService:
         """Return the count of the exchange, and remember what Groq's report says about it."""
         asked, answered, usage = turn.new_count, None, reply.usage
         # Another model's counts are not this one's.
-        if usage and reply.is_whole and reply.model == self._settings.model:
-            if self._counts.learn(answer, usage.reply_tokens):
-                answered = Count(usage.reply_tokens, True)
+        if reply.is_whole and reply.model == self._settings.model:
+            answered = self._counts.learn(answer, usage.reply_tokens)
             is_rest_known = all(exchange.is_exact for exchange in turn.history)
             if len(turn.new) == 1 and is_rest_known and not asked.is_exact:
                 tokens = (usage.prompt_tokens or 0) - reply.estimated_tokens + asked.tokens
-                if self._counts.learn(turn.new[0], tokens):
-                    asked = Count(tokens, True)
+                asked = self._counts.learn(turn.new[0], tokens) or asked
         return total([asked, answered or Count(estimate(answer), False)])

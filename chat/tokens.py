@@ -46,14 +46,14 @@ class TokenCounts:
             for key, message in zip(keys, messages, strict=True)
         ]
 
-    def learn(self, message: Message, tokens: int) -> bool:
-        """Remember what Groq reported, unless it is wrong: a token has at least a byte."""
+    def learn(self, message: Message, tokens: int) -> Count | None:
+        """Remember and return what Groq reported, unless it is wrong: a token is a byte or more."""
         if not 0 < tokens <= len(message.content.encode()) + MAX_TEMPLATE_TOKENS:
-            return False
+            return None
         key = self._key(message)
         self._remember({key: tokens})
         self._to_share.append(("SET", key, tokens, "EX", 86_400))
-        return True
+        return Count(tokens, True)
 
     async def share_forever(self) -> None:
         """Write what was learned to Redis, together; what it does not take is given up."""

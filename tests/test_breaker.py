@@ -3,7 +3,7 @@
 import pytest
 
 from chat.errors import GroqCircuitOpen
-from chat.llm.breaker import CLOSED, FIRST_PAUSE, HALF_OPEN, LONGEST_PAUSE, OPEN, CircuitBreaker
+from chat.llm.client import CLOSED, FIRST_PAUSE, HALF_OPEN, LONGEST_PAUSE, OPEN, CircuitBreaker
 from tests.clock import Clock
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from chat.config import Settings
 from chat.messages import Exchange, Message, flatten
-from chat.storage.history import History
+from chat.service import History
 from chat.storage.memory import MemoryHistory
 from chat.storage.redis import open_redis
 from chat.storage.redis_history import RedisHistory

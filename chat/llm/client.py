@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from math import ceil, inf
+from time import monotonic
 
 from chat import metrics
 from chat.config import Settings
-from chat.errors import GroqError, GroqQuotaExhausted, GroqRefused
-from chat.llm.breaker import CircuitBreaker
+from chat.errors import GroqCircuitOpen, GroqError, GroqQuotaExhausted, GroqRefused
 from chat.llm.groq import Groq, TokenStream
 from chat.messages import Message
 from chat.reply import Reply
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 0.5  # seconds at most before the first retry; twice as many before each further one
 LONGEST_WAIT = 10.0  # seconds to wait if Groq asks for it; a client is told of a longer wait
+FIRST_PAUSE = 1.0  # seconds from the opening of a circuit to a probe; each that fails doubles them
+LONGEST_PAUSE = 30.0
+CLOSED, HALF_OPEN, OPEN = range(3)
 STATES = {200: "available", 401: "refused", 403: "refused", 404: "missing"}  # by the status
 ADVICE = {
     "refused": "Groq rejects the key: check GROQ_API_KEY and what it may do",
@@ -82,7 +85,7 @@ class GroqClient:
             raise error
         return delay
 
-    def _learn(self, model: str, breaker: CircuitBreaker, error: GroqError) -> None:
+    def _learn(self, model: str, breaker: "CircuitBreaker", error: GroqError) -> None:
         if isinstance(error, GroqRefused):
             self._note(model, error.upstream_status)
         if error.is_outage:
@@ -98,3 +101,40 @@ class GroqClient:
             self.model_states[model] = state
             metrics.GROQ_MODEL_AVAILABLE.labels(model).set(state == "available")
             logger.info("model %s", state, extra=fields)
+
+
+class CircuitBreaker:
+    """Count consecutive failures; from `limit` on, let a request through now and then."""
+
+    def __init__(self, model: str, limit: int, clock: Callable[[], float] = monotonic) -> None:
+        self._model, self._limit, self._clock = model, limit, clock
+        self._failures, self._pause = 0, FIRST_PAUSE
+        self._change(CLOSED)
+
+    def check(self) -> None:
+        """Raise `GroqCircuitOpen` unless a request may be sent, if only as a probe."""
+        if self.state != CLOSED:
+            if (wait := ceil(self._probe_at - self._clock())) > 0:
+                raise GroqCircuitOpen(wait, retry_after=wait)
+            self._change(HALF_OPEN)  # if the client of this probe leaves, another one follows
+
+    def success(self) -> None:
+        """Note that the model has responded."""
+        self._failures, self._pause = 0, FIRST_PAUSE
+        if self.state != CLOSED:
+            self._change(CLOSED)
+            logger.info("circuit breaker closed", extra={"fields": {"model": self._model}})
+
+    def failure(self) -> None:
+        """Note that a request has failed before the model responded."""
+        self._failures += 1
+        if self.state == HALF_OPEN:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._change(OPEN)
+        elif self.state == CLOSED and self._failures >= self._limit:
+            self._change(OPEN)
+            logger.error("circuit breaker opened", extra={"fields": {"model": self._model}})
+
+    def _change(self, state: int) -> None:
+        self.state, self._probe_at = state, self._clock() + self._pause
+        metrics.GROQ_CIRCUIT_STATE.labels(self._model).set(state)

@@ -17,8 +17,7 @@ from httpx_aiohttp import AiohttpTransport
 from chat import errors, metrics
 from chat.config import Settings, proxy_for
 from chat.llm.chunks import load
-from chat.llm.dialects import parameters
-from chat.llm.endings import failure
+from chat.llm.dialects import failure, parameters
 from chat.llm.stream import ReplyParser, parser_for
 from chat.messages import Message
 from chat.reply import Reply

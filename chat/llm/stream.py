@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from chat import errors
 from chat.llm import chunks
-from chat.llm.endings import EMPTY, FINISH_REASONS, error_in, failure
+from chat.llm.dialects import EMPTY, FINISH_REASONS, error_in, failure
 from chat.reply import Usage
 
 MAX_REPLY_BYTES = 16 << 20
@@ -17,7 +17,7 @@ class EventParser:
     """Split https://html.spec.whatwg.org/multipage/server-sent-events.html into events' data."""
 
     def __init__(self) -> None:
-        self._rest, self._after_cr, self._is_at_start = b"", False, True
+        self._rest, self._after_cr = b"", False
 
     def feed(self, received: bytes) -> list[bytes]:
         """Take the bytes of one read, or none at their end; return the events they complete."""
@@ -27,12 +27,10 @@ class EventParser:
             received = received[1:] if self._after_cr and received[:1] == b"\n" else received
             self._after_cr = received.endswith(b"\r")
             received = received.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        block, end, self._rest = (self._rest + received).rpartition(b"\n\n")
+        block, _, self._rest = (self._rest + received).rpartition(b"\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise errors.GroqReplyBroken(cause=f"an event over {MAX_EVENT_BYTES} bytes")
-        if end and self._is_at_start:
-            self._is_at_start = False
-            block = block.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        block = block.removeprefix(b"\xef\xbb\xbf")  # a byte order mark; an odd field elsewhere
         if block.startswith(b"data: "):
             # The common form, one line an event, needs no look at each event.
             events = block[6:].split(b"\n\ndata: ")
@@ -71,7 +69,7 @@ class ReplyParser:
         self.error: errors.GroqError | None = None  # the tokens before it are good
         self.events = 0  # comments do not count
         self.finish_reason: str | None = None  # in OpenAI's words; once it is known, nothing fails
-        self.usage: Usage | None = None  # the last report
+        self.usage = Usage()  # the last report
         self.groq_id: str | None = None
         self._parser, self._size, self._odd = parser, 0, ""
         self._joiner: chunks.CharacterJoiner | None = None

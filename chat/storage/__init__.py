@@ -1,1 +1,1 @@
-"""What is kept: conversations, in this process or in Redis."""
+"""What is kept: conversations (a `chat.service.History`), in this process or in Redis."""

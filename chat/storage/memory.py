@@ -16,7 +16,7 @@ Exchanges = tuple[Exchange, ...]
 
 class Kept(NamedTuple):
     exchanges: Exchanges
-    size: int
+    size: int  # when it was stored: a text grows once it has been encoded
     last_used: float
 
 

@@ -47,8 +47,8 @@ class RedisClient:
         try:
             return await self._within(1.0, self._redis.execute_command(*command))
         except FAULTS as error:
-            self._note_fault(error, command)
-            raise HistoryUnavailable from error
+            self._suspect.set()
+            raise HistoryUnavailable(cause=_reason(error, command)) from error
 
     async def try_all(self, commands: Sequence[Command]) -> list[Any]:
         """Return the response to each command, or None if it was refused or there is none soon."""
@@ -70,11 +70,9 @@ class RedisClient:
             responses: list[Any] = await self._within(self._optional_timeout, sending)
         except FAULTS as error:
             responses = [error] * len(commands)
-        for number, response in enumerate(responses):
-            if isinstance(response, FAULTS):
-                self._note_fault(response, commands[number])
-                responses[number] = None
-        return responses
+        if any(isinstance(response, FAULTS) for response in responses):
+            self._suspect.set()
+        return [None if isinstance(response, FAULTS) else response for response in responses]
 
     async def check_forever(self) -> None:
         """Check now and then, and at once after a fault, whether Redis accepts commands."""
@@ -92,22 +90,12 @@ class RedisClient:
             fault = _reason(error)
             if not isinstance(error, FAULTS):
                 logger.exception("unexpected error in the check of Redis")
-        if fault or not self.is_up:
-            self._tell(fault)
-        self.is_up = not fault
+        if fault != self._fault:
+            logger.log(logging.WARNING if fault else logging.INFO, "Redis %s", fault or "is up")
+        self.is_up, self._fault = not fault, fault
         self._suspect.clear()
         metrics.REDIS_UP.set(self.is_up)
         metrics.EVENT_LOOP_TASKS.set(len(asyncio.all_tasks()))  # a function does not serve workers
-
-    def _note_fault(self, fault: Exception, command: Command) -> None:
-        self._suspect.set()
-        if self.is_up and isinstance(fault, ResponseError):
-            self._tell(_reason(fault, command))
-
-    def _tell(self, fault: str) -> None:
-        if fault != self._fault:
-            logger.log(logging.WARNING if fault else logging.INFO, "Redis %s", fault or "is up")
-        self._fault = fault
 
     async def _within(self, timeout: float, response: Awaitable[Any]) -> Any:
         if isinstance(self._redis, RedisCluster):  # a cancelled look-up of nodes would close all

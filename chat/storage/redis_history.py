@@ -60,8 +60,7 @@ class RedisHistory:
     async def aclose(self) -> None:
         """Wait a while for what is still to be stored, and give up the rest."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(3):
-                await asyncio.gather(*self._storing, return_exceptions=True)
+            await asyncio.wait_for(asyncio.gather(*self._storing, return_exceptions=True), 3)
 
     async def _store_patiently(self, command: Command, count: int) -> None:
         try:
