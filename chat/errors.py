@@ -5,8 +5,8 @@ ChatError
 ├── about the request    BadRequest 400, MissingMessages 400, BinaryMessage /1003,
 │                        OriginNotAllowed 403/1008, ConversationNotFound 404, BodyTooSlow 408,
 │                        BodyTooLarge 413/1009, BodyCompressed 415
-├── about a kept reply   BadPosition 400, ReplyNotFound 404, ReplyConflict 409,
-│                        ReplyTakenOver 409, ReplyUnavailable 503, NothingLeft 204
+├── about a kept reply   ReplyNotFound 404, ReplyConflict 409, ReplyTakenOver 409,
+│                        ReplyUnavailable 503, NothingLeft 204
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
 ├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
@@ -53,10 +53,6 @@ class MissingMessages(BadRequest):
 
 class BinaryMessage(BadRequest):
     close_code, text = 1003, "messages must be JSON in text frames, not binary frames"
-
-
-class BadPosition(BadRequest):
-    """The text of a kept reply is not that long."""
 
 
 class OriginNotAllowed(ChatError, status=403, reason="origin"):
@@ -192,12 +188,6 @@ class ClientIdle(ChatError, status=200, reason="idle"):  # not a failure
 
 class InternalError(ChatError):
     close_code, text = 1011, "an internal error occurred"
-
-
-def relayed(name: str, text: str) -> ChatError:
-    """Return an error of this name that another replica has raised, or else one of Groq's."""
-    known = BadPosition, NothingLeft, ReplyCancelled, ReplyNotFound, ReplyTakenOver
-    return {each.__name__: each for each in known}.get(name, GroqError)(text)
 
 
 def reasons(root: type[ChatError] = ChatError) -> set[str]:

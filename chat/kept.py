@@ -19,6 +19,8 @@ READ_INTERVAL = 0.1  # seconds between two looks at what the owner has sent
 SILENCE = 0.8  # seconds in which nothing came, not even a sign of life: ask for the rest anew
 MAX_ASKED = 3  # times in a row, then the owner is gone
 REDIS_PATIENCE = 10.0  # seconds to wait for Redis
+TOLD = errors.BadRequest, errors.NothingLeft, errors.ReplyNotFound, errors.ReplyTakenOver
+RELAYED = {each.__name__: each for each in (*TOLD, errors.ReplyCancelled)}  # others are Groq's
 
 
 class KeptReply:
@@ -215,7 +217,7 @@ class Elsewhere(Reading):
             _check(self.after, part.begin + 1, part)
             self.end = part
         if part.kind != "completed":
-            raise errors.relayed(part.kind, part.text)
+            raise RELAYED.get(part.kind, errors.GroqError)(part.text)
         self.truncated = part.text
         return ""
 
@@ -225,4 +227,4 @@ def _check(after: int, last: int, end: Part | None) -> None:
     if end and after == last:
         raise errors.NothingLeft
     if after > last:
-        raise errors.BadPosition(f"the text has no position {after}")
+        raise errors.BadRequest(f"the text has no position {after}")

@@ -88,7 +88,9 @@ class Replies:
 
     async def _open(self, name: str, request: ChatRequest, reply: Reply, admit: Admit) -> Reading:
         """Return the reply of this name; begin it if there is none, and messages to answer."""
-        key, fingerprint, after = hashed(name), _fingerprint(request), request.after
+        key, after = hashed(name), request.after
+        of = msgspec.json.encode((request.messages, request.conversation)).decode()
+        fingerprint = hashed(of) if request.messages else ""  # however the reply is sent
         async with self._locks.setdefault(key, asyncio.Lock()):  # it may come twice at one moment
             try:
                 reading = await self._find(key, fingerprint, after)
@@ -200,10 +202,3 @@ def log_end(kept: KeptReply) -> None:
         fields = reply.summary() | {"resumed": max(0, len(kept.readers) - 1)}
         level = logging.WARNING if reply.outcome == "failed" else logging.INFO
         logger.log(level, "reply %s", reply.outcome, extra={"fields": fields})
-
-
-def _fingerprint(request: ChatRequest) -> str:
-    """Return what tells requests apart, except for the way in which the reply is sent."""
-    if not request.messages:
-        return ""
-    return hashed(msgspec.json.encode((request.messages, request.conversation)).decode())
