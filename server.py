@@ -27,7 +27,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.supervisors import Multiprocess
 
 from chat import config, errors, logs, messages, metrics
-from chat.api import http, limits, middleware, origins, page, protocols, shutdown, sse, websocket
+from chat.api import http, limits, middleware, page, protocols, shutdown, sse, websocket
 from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
 from chat.replies import Replies
@@ -46,13 +46,7 @@ CORS["expose_headers"] = ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit
 
 async def chat(request: Request) -> Response:
     received = await http.read_body(request, request.app.state.settings)
-    try:
-        body = messages.parse_request(received)
-    except errors.ChatError:
-        await limits.admit(request)
-        raise
-    body.after = http.position(request) if body.reply else 0
-    return await answer(request, body)
+    return await answer(request, await limits.parse(request, received))
 
 
 async def kept_reply(request: Request) -> Response:
@@ -61,12 +55,12 @@ async def kept_reply(request: Request) -> Response:
         await request.app.state.replies.cancel(name)
     if request.method != "GET":  # a HEAD takes no reply over
         return Response(status_code=204)
-    asked = messages.ChatRequest(reply=name, after=http.position(request), stream=True)
-    return await answer(request, asked)
+    return await answer(request, messages.ChatRequest(reply=name, stream=True))
 
 
 async def answer(request: Request, body: messages.ChatRequest) -> Response:
     state, scope, is_stream = request.app.state, request.scope, http.wants_stream(request, body)
+    body.after = http.position(request) if body.reply else 0
     reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
     source, tokens = await state.replies.answer(body, reply, partial(limits.admit, request))
     scope["chat.reply"] = source
@@ -142,10 +136,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def create_app(settings: config.Settings) -> Starlette:
-    allowed = [origins.plain(each) for each in settings.allowed_origins.replace(",", " ").split()]
+    allowed = [*map(middleware.plain_origin, settings.allowed_origins.replace(",", " ").split())]
     layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
     layers.append(Middleware(middleware.RequestMiddleware))
-    layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))
+    layers.append(Middleware(middleware.OriginMiddleware, allowed=allowed))
     layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
     hidden = {show_metrics: settings.metrics_port, page.chat_page: not settings.chat_page}
     routes = [route for route in ROUTES if not hidden.get(route.endpoint)]

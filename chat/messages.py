@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
-MAX_POSITION = 10**15
 JSON_KINDS = {"bool": "true or false", "str": "a string", "array": "an array"}
 JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
 HALF_CHARACTER = re.compile(rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]")
@@ -47,7 +46,7 @@ class ChatRequest(msgspec.Struct):
     conversation: str | None = None
     reply: str | None = None  # a name under which the reply can be read again
     cancel: bool = False  # on the WebSocket only
-    after: int = 0  # likewise: a position in the reply's text
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0  # likewise: a position in the reply's text
 
 
 def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:
@@ -63,8 +62,6 @@ def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"the body must be valid JSON in UTF-8: {_why(error, received)}") from None
     check_id("reply", request.reply)
-    if not 0 <= request.after < MAX_POSITION:
-        raise BadRequest("after must be the position of a token, such as 8")
     if not (may_cancel and (request.cancel or (request.reply and not request.messages))):
         if request.messages is NO_MESSAGES:
             raise MissingMessages

@@ -11,7 +11,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from chat.api.middleware import client_of
-from chat.errors import RateLimited
+from chat.errors import BadRequest, MissingMessages, RateLimited
+from chat.messages import ChatRequest, parse_request
 from chat.storage.redis import RedisClient, hashed_key
 
 CLIENTS = 100_000  # clients that a process remembers: some 20 MB
@@ -28,6 +29,17 @@ if next_full_at - now > window + 0.000001 then return {0, tostring(full_at - now
 redis.call('SET', KEYS[1], string.format('%.6f', next_full_at), 'EX', math.ceil(window))
 return {1, tostring(next_full_at - now)}
 """
+
+
+async def parse(request: HTTPConnection, received: bytes) -> ChatRequest:
+    """Decode and check a message; a bad one, unless it is a ping, counts against the rate limit."""
+    try:
+        return parse_request(received, may_cancel=request.scope["type"] == "websocket")
+    except MissingMessages:
+        raise
+    except BadRequest:
+        await admit(request)
+        raise
 
 
 async def admit(request: HTTPConnection) -> None:
