@@ -14,20 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.supervisors import Multiprocess
 
 from chat import config, errors, logs, messages, metrics
-from chat.api import http, limits, middleware, page, protocols, shutdown, sse, websocket
+from chat.api import http, limits, middleware, protocols, shutdown, sse, websocket
 from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
 from chat.replies import Replies
@@ -75,8 +76,8 @@ async def conversation(request: Request) -> Response:
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
-    content = {"messages": await service.read(conversation_id)}
-    return http.json_response(content, headers={"cache-control": "no-store"})
+    content = {"messages": msgspec.to_builtins(await service.read(conversation_id))}
+    return JSONResponse(content, headers={"cache-control": "no-store"})
 
 
 async def ready(request: Request) -> Response:
@@ -87,7 +88,7 @@ async def ready(request: Request) -> Response:
     elif state.settings.history_store == "redis" and redis == "down":
         status = "history unreachable"
     body = {"status": status, "redis": redis, "models": state.groq.model_states}
-    return http.json_response(body, 200 if status == "ready" else 503)
+    return JSONResponse(body, 200 if status == "ready" else 503)
 
 
 async def show_metrics(request: Request) -> Response:
@@ -95,8 +96,8 @@ async def show_metrics(request: Request) -> Response:
 
 
 ROUTES: list[Route | WebSocketRoute] = [
-    Route("/", page.chat_page),
-    Route("/static/{file:path}", page.chat_page),
+    Route("/", http.chat_page),
+    Route("/static/{file:path}", http.chat_page),
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", lambda opened: websocket.ChatSocket(opened).serve()),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
@@ -141,7 +142,7 @@ def create_app(settings: config.Settings) -> Starlette:
     layers.append(Middleware(middleware.RequestMiddleware))
     layers.append(Middleware(middleware.OriginMiddleware, allowed=allowed))
     layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
-    hidden = {show_metrics: settings.metrics_port, page.chat_page: not settings.chat_page}
+    hidden = {show_metrics: settings.metrics_port, http.chat_page: not settings.chat_page}
     routes = [route for route in ROUTES if not hidden.get(route.endpoint)]
     render: Any = {errors.ChatError: http.error_response, HTTPException: http.routing_error}
     app = Starlette(routes=routes, lifespan=lifespan, middleware=layers, exception_handlers=render)

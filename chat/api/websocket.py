@@ -92,14 +92,13 @@ class ChatSocket:
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
         status, fields, admitted = 200, dict[str, object](), partial(admit, self._websocket)
         try:
-            self._source, answer = await self._state.replies.answer(request, reply, admitted)
-            async with answer as tokens:
-                async for some in tokens:
-                    await self._send_tokens(some, reply)
+            with suppress(errors.NothingLeft):
+                self._source, answer = await self._state.replies.answer(request, reply, admitted)
+                async with answer as tokens:
+                    async for some in tokens:
+                        await self._send_tokens(some, reply)
             cut = self._source.truncated
             await self._send({"done": "true"} | ({"truncated": cut} if cut else {}))
-        except errors.NothingLeft:
-            await self._send({"done": "true"})
         except errors.ReplyCancelled:
             await self._send({"done": "true", "cancelled": "true"})
         except errors.ChatError as error:
