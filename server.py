@@ -83,7 +83,7 @@ async def conversation(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     state, status = request.app.state, "ready"
     redis = {None: "off", True: "up", False: "down"}[state.redis and state.redis.is_up]
-    if state.shutdown.has_begun:
+    if state.shutdown.is_set():
         status = "draining"
     elif state.settings.history_store == "redis" and redis == "down":
         status = "history unreachable"
@@ -125,10 +125,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
         state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)
-        state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
         for forever in (state.groq.check_models(), counts.share_forever(), state.replies.serve()):
             await stack.enter_async_context(http.in_background(forever))
-        state.shutdown.handle_signals()
+        state.shutdown = shutdown.handle_signals(state.service, state.replies, settings)
         loop = asyncio.get_running_loop()
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         gc.freeze()  # what exists now stays: no collection needs to look at it again
