@@ -19,7 +19,6 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -63,7 +62,7 @@ async def answer(request: Request, body: messages.ChatRequest) -> Response:
     state, scope, is_stream = request.app.state, request.scope, http.wants_stream(request, body)
     body.after = http.position(request) if body.reply else 0
     reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
-    source, tokens = await state.replies.answer(body, reply, partial(limits.admit, request))
+    source, tokens = await state.replies.answer(body, reply, partial(state.limiter.admit, scope))
     scope["chat.reply"] = source
     if is_stream:
         return sse.EventStream(tokens, source, state.settings.keep_alive_interval)
@@ -122,7 +121,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         counts = TokenCounts(settings.model, state.redis)
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
-        state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
+        state.limiter = limits.RateLimiter(settings.rate_limit, state.redis)
         state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)
         for forever in (state.groq.check_models(), counts.share_forever(), state.replies.serve()):
@@ -139,8 +138,7 @@ def create_app(settings: config.Settings) -> Starlette:
     allowed = [*map(middleware.plain_origin, settings.allowed_origins.replace(",", " ").split())]
     layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
     layers.append(Middleware(middleware.RequestMiddleware))
-    layers.append(Middleware(middleware.OriginMiddleware, allowed=allowed))
-    layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
+    layers.append(Middleware(middleware.OriginMiddleware, allow_origins=allowed, **CORS))
     hidden = {show_metrics: settings.metrics_port, http.chat_page: not settings.chat_page}
     routes = [route for route in ROUTES if not hidden.get(route.endpoint)]
     render: Any = {errors.ChatError: http.error_response, HTTPException: http.routing_error}

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -92,19 +93,16 @@ def plain_origin(origin: str) -> str:
     return origin.removesuffix({"http": ":80", "https": ":443"}.get(origin.partition(":")[0], "/"))
 
 
-class OriginMiddleware:
-    """
-    Refuses requests from pages of other origins; CORS alone stops neither a form nor a WebSocket.
-    """
-
-    def __init__(self, app: ASGIApp, *, allowed: list[str]) -> None:
-        self.app, self._allowed = app, frozenset(allowed)
+class OriginMiddleware(CORSMiddleware):
+    """Refuses pages of other origins; CORS alone stops neither a form nor a WebSocket of theirs."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(raw=scope.get("headers", []))
         origin, host = plain_origin(headers.get("origin", "")), headers.get("host", "")
+        if self.is_allowed_origin(origin):
+            return await super().__call__(scope, receive, send)
         own = plain_origin(f"{origin.partition('://')[0]}://{host}")
-        if "origin" not in headers or {"*", origin} & (self._allowed | {own}):
+        if "origin" not in headers or origin == own:
             return await self.app(scope, receive, send)
         response = await error_response(HTTPConnection(scope), OriginNotAllowed())
         scope["chat.log_fields"] |= {"origin": origin[:200], "host": host[:200]}

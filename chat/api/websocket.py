@@ -10,7 +10,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.limits import admit, client_key, parse
+from chat.api.limits import client_key, parse
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
 from chat.kept import Reading
@@ -90,10 +90,11 @@ class ChatSocket:
         return await parse(self._websocket, received)
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
-        status, fields, admitted = 200, dict[str, object](), partial(admit, self._websocket)
+        status, fields = 200, dict[str, object]()
+        admit = partial(self._state.limiter.admit, self._scope)
         try:
             with suppress(errors.NothingLeft):
-                self._source, answer = await self._state.replies.answer(request, reply, admitted)
+                self._source, answer = await self._state.replies.answer(request, reply, admit)
                 async with answer as tokens:
                     async for some in tokens:
                         await self._send_tokens(some, reply)
