@@ -14,20 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.supervisors import Multiprocess
 
 from chat import config, errors, logs, messages, metrics
-from chat.api import http, limits, middleware, origins, page, protocols, shutdown, sse, websocket
+from chat.api import http, limits, middleware, protocols, shutdown, sse, websocket
 from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
 from chat.replies import Replies
@@ -46,13 +46,7 @@ CORS["expose_headers"] = ["X-Request-ID", "Retry-After", "RateLimit", "RateLimit
 
 async def chat(request: Request) -> Response:
     received = await http.read_body(request, request.app.state.settings)
-    try:
-        body = messages.parse_request(received)
-    except errors.ChatError:
-        await limits.admit(request)
-        raise
-    body.after = http.position(request) if body.reply else 0
-    return await answer(request, body)
+    return await answer(request, await limits.parse(request, received))
 
 
 async def kept_reply(request: Request) -> Response:
@@ -61,14 +55,14 @@ async def kept_reply(request: Request) -> Response:
         await request.app.state.replies.cancel(name)
     if request.method != "GET":  # a HEAD takes no reply over
         return Response(status_code=204)
-    asked = messages.ChatRequest(reply=name, after=http.position(request), stream=True)
-    return await answer(request, asked)
+    return await answer(request, messages.ChatRequest(reply=name, stream=True))
 
 
 async def answer(request: Request, body: messages.ChatRequest) -> Response:
     state, scope, is_stream = request.app.state, request.scope, http.wants_stream(request, body)
+    body.after = http.position(request) if body.reply else 0
     reply = Reply("sse" if is_stream else "json", limits.client_key(middleware.client_of(scope)))
-    source, tokens = await state.replies.answer(body, reply, partial(limits.admit, request))
+    source, tokens = await state.replies.answer(body, reply, partial(state.limiter.admit, scope))
     scope["chat.reply"] = source
     if is_stream:
         return sse.EventStream(tokens, source, state.settings.keep_alive_interval)
@@ -81,19 +75,19 @@ async def conversation(request: Request) -> Response:
     if request.method == "DELETE":
         await service.forget(conversation_id)
         return Response(status_code=204)
-    content = {"messages": await service.read(conversation_id)}
-    return http.json_response(content, headers={"cache-control": "no-store"})
+    content = {"messages": msgspec.to_builtins(await service.read(conversation_id))}
+    return JSONResponse(content, headers={"cache-control": "no-store"})
 
 
 async def ready(request: Request) -> Response:
     state, status = request.app.state, "ready"
     redis = {None: "off", True: "up", False: "down"}[state.redis and state.redis.is_up]
-    if state.shutdown.has_begun:
+    if state.shutdown.is_set():
         status = "draining"
     elif state.settings.history_store == "redis" and redis == "down":
         status = "history unreachable"
     body = {"status": status, "redis": redis, "models": state.groq.model_states}
-    return http.json_response(body, 200 if status == "ready" else 503)
+    return JSONResponse(body, 200 if status == "ready" else 503)
 
 
 async def show_metrics(request: Request) -> Response:
@@ -101,8 +95,8 @@ async def show_metrics(request: Request) -> Response:
 
 
 ROUTES: list[Route | WebSocketRoute] = [
-    Route("/", page.chat_page),
-    Route("/static/{file:path}", page.chat_page),
+    Route("/", http.chat_page),
+    Route("/static/{file:path}", http.chat_page),
     Route("/chat", chat, methods=["POST"]),
     WebSocketRoute("/chat", lambda opened: websocket.ChatSocket(opened).serve()),
     Route("/conversations/{id}", conversation, methods=["GET", "DELETE"]),
@@ -127,13 +121,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         counts = TokenCounts(settings.model, state.redis)
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
         state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
-        state.limiter = settings.rate_limit and limits.RateLimiter(settings.rate_limit, state.redis)
+        state.limiter = limits.RateLimiter(settings.rate_limit, state.redis)
         state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)
-        state.shutdown = shutdown.Shutdown(state.service, state.replies, settings)
         for forever in (state.groq.check_models(), counts.share_forever(), state.replies.serve()):
             await stack.enter_async_context(http.in_background(forever))
-        state.shutdown.handle_signals()
+        state.shutdown = shutdown.handle_signals(state.service, state.replies, settings)
         loop = asyncio.get_running_loop()
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         gc.freeze()  # what exists now stays: no collection needs to look at it again
@@ -142,12 +135,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def create_app(settings: config.Settings) -> Starlette:
-    allowed = [origins.plain(each) for each in settings.allowed_origins.replace(",", " ").split()]
+    allowed = [*map(middleware.plain_origin, settings.allowed_origins.replace(",", " ").split())]
     layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
     layers.append(Middleware(middleware.RequestMiddleware))
-    layers.append(Middleware(origins.OriginMiddleware, allowed=allowed))
-    layers += [Middleware(CORSMiddleware, allow_origins=allowed, **CORS)] * bool(allowed)
-    hidden = {show_metrics: settings.metrics_port, page.chat_page: not settings.chat_page}
+    layers.append(Middleware(middleware.OriginMiddleware, allow_origins=allowed, **CORS))
+    hidden = {show_metrics: settings.metrics_port, http.chat_page: not settings.chat_page}
     routes = [route for route in ROUTES if not hidden.get(route.endpoint)]
     render: Any = {errors.ChatError: http.error_response, HTTPException: http.routing_error}
     app = Starlette(routes=routes, lifespan=lifespan, middleware=layers, exception_handlers=render)

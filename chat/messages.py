@@ -46,7 +46,7 @@ class ChatRequest(msgspec.Struct):
     conversation: str | None = None
     reply: str | None = None  # a name under which the reply can be read again
     cancel: bool = False  # on the WebSocket only
-    after: Annotated[int, msgspec.Meta(ge=0, lt=10**15)] = 0  # likewise: a position in the text
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0  # likewise: a position in the reply's text
 
 
 def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:

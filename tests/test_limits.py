@@ -132,6 +132,15 @@ def test_the_limit_holds_on_a_websocket_and_for_bad_messages(
     assert [request.contents[-1] for request in groq.requests] == ["hello"]
 
 
+def test_a_bad_body_counts_against_the_limit_but_not_one_without_messages(
+    start_service: StartService,
+) -> None:
+    service = start_service(RATE_LIMIT="2/hour")
+    sent = ["{}", "{}", "{}", "nonsense", '{"messages": []}', "nonsense", "{}"]
+    statuses = [service.http.post("/chat", content=each).status_code for each in sent]
+    assert statuses == [400, 400, 400, 400, 400, 429, 400]
+
+
 def test_without_a_limit_nothing_is_said_of_one(service: Service) -> None:
     assert not {"ratelimit", "ratelimit-policy"} & service.chat("hello").headers.keys()
 

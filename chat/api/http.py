@@ -1,21 +1,21 @@
-"""HTTP: bodies in, JSON and errors out, and the client's disconnect."""
+"""HTTP: bodies in; JSON, errors and the chat page out; and the client's disconnect."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive
 
 from chat import errors
 from chat.config import Settings
 from chat.messages import ChatRequest
 
-Headers = Mapping[str, str] | None
 Answer = AbstractAsyncContextManager[AsyncIterator[list[str]]]
 CLOSING = (errors.BodyCompressed, errors.BodyTooLarge, errors.BodyTooSlow, errors.Draining)
 NO_SUCH_PATH = """\
@@ -86,10 +86,6 @@ def position(request: Request) -> int:
     return int(given)
 
 
-def json_response(content: object, status: int = 200, headers: Headers = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, "application/json")
-
-
 async def json_reply(request: Request, answer: Answer, source: Any) -> Response:
     """Wait for a reply; render it as one object."""
     texts: list[str] = []
@@ -101,7 +97,7 @@ async def json_reply(request: Request, answer: Answer, source: Any) -> Response:
     except errors.ReplyCancelled:  # by another connection
         content["cancelled"] = "true"
     content |= {"truncated": source.truncated} if source.truncated else {}
-    return json_response({"response": "".join(texts), **content})
+    return JSONResponse({"response": "".join(texts), **content})
 
 
 async def error_response(connection: HTTPConnection, error: errors.ChatError) -> Response:
@@ -112,12 +108,34 @@ async def error_response(connection: HTTPConnection, error: errors.ChatError) ->
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
     if isinstance(error, CLOSING):
         headers["connection"] = "close"  # the rest of the body is not read, or nothing is any more
-    return json_response({"error": str(error)}, error.status, headers)
+    return JSONResponse({"error": str(error)}, error.status, headers)
 
 
 async def routing_error(request: Request, error: HTTPException) -> Response:
     """Render what Starlette's routing raises: 404 and 405."""
     if not error.headers:
-        return json_response({"error": NO_SUCH_PATH}, error.status_code)
+        return JSONResponse({"error": NO_SUCH_PATH}, error.status_code)
     allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))
-    return json_response({"error": f"method not allowed; use {allowed}"}, 405, {"Allow": allowed})
+    return JSONResponse({"error": f"method not allowed; use {allowed}"}, 405, {"Allow": allowed})
+
+
+PAGE = StaticFiles(directory=Path(__file__).with_name("static"), check_dir=False)
+PAGE_HEADERS = {
+    # https://www.w3.org/TR/CSP3/; a reply that breaks out of its element meets these.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # revalidated each time: a new version is seen at once
+}
+
+
+async def chat_page(request: Request) -> Response:
+    name = request.path_params.get("file", "index.html")
+    response = await PAGE.get_response(name, request.scope)
+    response.headers.update(PAGE_HEADERS)
+    return response

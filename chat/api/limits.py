@@ -11,7 +11,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from chat.api.middleware import client_of
-from chat.errors import RateLimited
+from chat.errors import BadRequest, MissingMessages, RateLimited
+from chat.messages import ChatRequest, parse_request
 from chat.storage.redis import RedisClient, hashed_key
 
 CLIENTS = 100_000  # clients that a process remembers: some 20 MB
@@ -30,10 +31,15 @@ return {1, tostring(next_full_at - now)}
 """
 
 
-async def admit(request: HTTPConnection) -> None:
-    """Take a request out of its client's bucket, if there is a limit; raise `RateLimited`."""
-    if request.app.state.limiter:
+async def parse(request: HTTPConnection, received: bytes) -> ChatRequest:
+    """Decode and check a message; a bad one, unless it is a ping, counts against the rate limit."""
+    try:
+        return parse_request(received, may_cancel=request.scope["type"] == "websocket")
+    except MissingMessages:
+        raise
+    except BadRequest:
         await request.app.state.limiter.admit(request.scope)
+        raise
 
 
 def client_key(client: str) -> str:
@@ -45,16 +51,18 @@ def client_key(client: str) -> str:
 
 
 class RateLimiter:
-    """The buckets of all clients; kept in this process while Redis is not there."""
+    """The buckets of all clients, if there is a limit; here while Redis is not there."""
 
     def __init__(self, rate: str, redis: RedisClient | None, clock: Clock = time.monotonic) -> None:
         limit, _, unit = rate.partition("/")
-        self._rate, self._limit, self._window = rate, int(limit), WINDOWS[unit]
+        self._rate, self._limit, self._window = rate, int(limit or 0), WINDOWS.get(unit, 0)
         self._redis, self._clock = redis, clock
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
     async def admit(self, scope: Scope) -> None:
         """Take a request out of its client's bucket; raise `RateLimited` if there is none in it."""
+        if not self._rate:
+            return
         is_allowed, full_in = await self.take(client_key(client_of(scope)))
         scope["chat.headers"] = self.headers(full_in)
         if not is_allowed:

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, its metrics, and unexpected errors."""
+"""What surrounds every request: its id, log line, metrics, unexpected errors, and its origin."""
 
 import logging
 import random
@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import logs, metrics
 from chat.api.http import error_response
-from chat.errors import ClientDisconnected, InternalError
+from chat.errors import ClientDisconnected, InternalError, OriginNotAllowed
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +85,30 @@ def log_request(scope: Scope, status: int, fields: dict[str, Any], duration: flo
     is_probe = status == 200 and endpoint in ("/health", "/ready", "/metrics")
     level = logging.WARNING if is_failed else logging.DEBUG if is_probe else logging.INFO
     logger.log(level, "%s %s %d", method, endpoint, status, extra={"fields": line | fields})
+
+
+def plain_origin(origin: str) -> str:
+    """Leave off what browsers do: a default port, and a slash at the end."""
+    origin = origin.lower().rstrip("/")
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(origin.partition(":")[0], "/"))
+
+
+class OriginMiddleware(CORSMiddleware):
+    """Refuses pages of other origins; CORS alone stops neither a form nor a WebSocket of theirs."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(raw=scope.get("headers", []))
+        origin, host = plain_origin(headers.get("origin", "")), headers.get("host", "")
+        if self.is_allowed_origin(origin):
+            return await super().__call__(scope, receive, send)
+        own = plain_origin(f"{origin.partition('://')[0]}://{host}")
+        if "origin" not in headers or origin == own:
+            return await self.app(scope, receive, send)
+        response = await error_response(HTTPConnection(scope), OriginNotAllowed())
+        scope["chat.log_fields"] |= {"origin": origin[:200], "host": host[:200]}
+        if scope["type"] == "http":
+            return await response(scope, receive, send)
+        websocket = WebSocket(scope, receive, send)
+        await websocket.accept()  # a browser does not tell a page why a handshake failed
+        await websocket.send_text(bytes(response.body).decode())
+        await websocket.close(OriginNotAllowed.close_code)

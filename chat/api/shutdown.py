@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-from dataclasses import dataclass
 from multiprocessing import parent_process
 from typing import Any
 
@@ -17,38 +16,33 @@ from chat.service import ChatService
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Shutdown:
-    """`/ready` turns 503; after DRAIN_DELAY new chats are refused; others have DRAIN_TIMEOUT."""
+def handle_signals(service: ChatService, replies: Replies, settings: Settings) -> asyncio.Event:
+    """
+    Shut down at the first signal; at the second, end the process at once. The event is set when it
+    begins; after DRAIN_DELAY new chats are refused, and those in progress have DRAIN_TIMEOUT.
+    """
+    loop, has_begun = asyncio.get_running_loop(), asyncio.Event()
+    server: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
 
-    service: ChatService
-    replies: Replies
-    settings: Settings
-    has_begun: bool = False
-
-    def handle_signals(self) -> None:
-        """Shut down at the first signal; at the second, end the process at once."""
-        loop = asyncio.get_running_loop()
-        server: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-
-        def handle(*_: object) -> None:
-            if not self.has_begun:
-                self.has_begun = True
-                asyncio.run_coroutine_threadsafe(self._end(server), loop)
-            elif parent_process() is None:  # a worker may get the same signal twice
-                logging.shutdown()
-                os._exit(1)
-
-        if isinstance(server, uvicorn.Server):  # which puts back the handlers before its own
-            signal.signal(signal.SIGTERM, handle)
-            signal.signal(signal.SIGINT, handle)
-
-    async def _end(self, server: uvicorn.Server) -> None:
+    async def shut_down() -> None:
         logger.info("draining: traffic should go elsewhere")
-        await asyncio.sleep(self.settings.drain_delay)
-        await self.service.drain(self.settings.drain_timeout)
-        await self.replies.hand_over()
+        await asyncio.sleep(settings.drain_delay)
+        await service.drain(settings.drain_timeout)
+        await replies.hand_over()
         logger.info("drained")
         if server.config.timeout_graceful_shutdown is None:
             server.config.timeout_graceful_shutdown = 3  # for the connections to close
         server.should_exit = True
+
+    def handle(*_: object) -> None:
+        if not has_begun.is_set():
+            has_begun.set()
+            asyncio.run_coroutine_threadsafe(shut_down(), loop)
+        elif parent_process() is None:  # a worker may get the same signal twice
+            logging.shutdown()
+            os._exit(1)
+
+    if isinstance(server, uvicorn.Server):  # which puts back the handlers before its own
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+    return has_begun

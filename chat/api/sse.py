@@ -31,9 +31,9 @@ START = {"type": "http.response.start", "status": 200, "headers": HEADERS}
 class EventStream(Response):
     """A reply, each token as soon as it has come; an error before the first keeps its status."""
 
-    def __init__(self, answer: Answer, reply: Reply | Reading, interval: float) -> None:
-        self._answer, self._reply, self._interval = answer, reply, interval
-        self._reading = reply if isinstance(reply, Reading) else None
+    def __init__(self, answer: Answer, source: Reply | Reading, interval: float) -> None:
+        self._answer, self._source, self._interval = answer, source, interval
+        self._reading = source if isinstance(source, Reading) else None
         self._written_at = -inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,15 +46,13 @@ class EventStream(Response):
                     async with in_background(self._keep_alive()), self._answer as tokens:
                         async for some in tokens:
                             await self._write(framer.events(some))
-                    cut = self._reply.truncated
+                    cut = self._source.truncated
                     end = sse_named("truncated", reason=cut) if cut else b""
-                    await self._write(end + framer.end(DONE), more_body=False)
+                    await self._write(framer.last(end + DONE), more_body=False)
                 except ChatError as error:
-                    has_ended = self._reading and self._reading.end
-                    if self._written_at == -inf and not has_ended:
+                    if self._written_at == -inf and not (self._reading and self._reading.end):
                         raise
-                    end = sse_named("error", error=str(error))
-                    end = framer.end(end) if has_ended else end
+                    end = framer.last(sse_named("error", error=str(error)))
                     with suppress(TimeoutError):
                         async with asyncio.timeout(LAST_WRITE_TIMEOUT):
                             await self._write(end, more_body=False)
@@ -99,10 +97,11 @@ class Framer:
         events = [f"data: {line}\nid: {end}\n\n" for line, end in zip(lines, ends, strict=True)]
         return "".join(events).encode()
 
-    def end(self, event: bytes) -> bytes:
-        """Return the last event with its id, one further than the text."""
-        reading = self._reading
-        return b"%bid: %d\n\n" % (event[:-1], reading.position + 1) if reading else event
+    def last(self, event: bytes) -> bytes:
+        """Return the last event; if a reading has ended, with its id, one further than the text."""
+        if self._reading is None or self._reading.end is None:
+            return event
+        return b"%bid: %d\n\n" % (event[:-1], self._reading.position + 1)
 
     def _lines(self, token: str) -> str:
         """Return a token with an LF for each line end."""

@@ -10,11 +10,11 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import errors
-from chat.api.limits import admit, client_key
+from chat.api.limits import client_key, parse
 from chat.api.middleware import client_of, log_request
 from chat.api.protocols import TEXTS
 from chat.kept import Reading
-from chat.messages import ChatRequest, parse_request
+from chat.messages import ChatRequest
 from chat.reply import Reply
 
 CLOSED = (WebSocketDisconnect, OSError, RuntimeError)  # raised by sending, after either side's end
@@ -27,7 +27,6 @@ class ChatSocket:
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket, self._scope, self._state = websocket, websocket.scope, websocket.app.state
         self._idle_limit = self._state.settings.idle_timeout
-        self._idle = asyncio.timeout(None)
         self._reply: Reply | None = None
         self._source: Any = None  # the reply, or what is read of one that is kept
         self._answering: asyncio.Task[None] | None = None
@@ -38,11 +37,14 @@ class ChatSocket:
             raise errors.Draining  # a 503 before the upgrade: a proxy can try another replica
         await self._websocket.accept()
         try:
-            while (message := await self._receive())["type"] == "websocket.receive":
-                await self._handle(message)
+            async with asyncio.timeout(self._idle_limit) as self._idle:
+                while (message := await self._websocket.receive())["type"] == "websocket.receive":
+                    await self._handle(message)
+                    self._restart_idle_timer()
             if message.get("code") == errors.BodyTooLarge.close_code:  # uvicorn has told the client
                 log_request(self._scope, 413, {"error": errors.BodyTooLarge.reason})
-        except errors.ClientIdle as idle:
+        except TimeoutError:
+            idle = errors.ClientIdle(self._idle_limit)
             await self._send({"error": str(idle)}, idle.close_code)
         except Exception:
             await self._send({"error": errors.InternalError.text}, errors.InternalError.close_code)
@@ -52,13 +54,11 @@ class ChatSocket:
                 self._answering.cancel()
                 await asyncio.wait([self._answering])
 
-    async def _receive(self) -> Message:
-        """Return the next message; while no reply is in progress, one must come in time."""
-        try:
-            async with asyncio.timeout(None if self._answering else self._idle_limit) as self._idle:
-                return await self._websocket.receive()
-        except TimeoutError:
-            raise errors.ClientIdle(self._idle_limit) from None
+    def _restart_idle_timer(self) -> None:
+        """Wait for the next message only so long, unless a reply is in progress."""
+        until = asyncio.get_running_loop().time() + self._idle_limit
+        with suppress(RuntimeError):  # no message is waited for
+            self._idle.reschedule(None if self._answering else until)
 
     async def _handle(self, message: Message) -> None:
         try:
@@ -82,30 +82,24 @@ class ChatSocket:
             await self._send({"error": str(error)}, error.close_code)
 
     async def _parse(self, message: Message) -> ChatRequest:
-        """Parse a message; a bad one, unless it is a ping, counts against the rate limit, too."""
-        text, limit = message.get("text"), self._state.settings.max_body_bytes
-        try:
-            if text is None:
-                raise errors.BinaryMessage
-            if len(text.encode(errors="replace")) > limit:
-                raise errors.BodyTooLarge(limit)
-            return parse_request(text, may_cancel=True)
-        except errors.ChatError as error:
-            if not isinstance(error, errors.MissingMessages):
-                await admit(self._websocket)
-            raise
+        limit = self._state.settings.max_body_bytes
+        if (text := message.get("text")) is None:
+            raise errors.BinaryMessage
+        if len(received := text.encode()) > limit:
+            raise errors.BodyTooLarge(limit)
+        return await parse(self._websocket, received)
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
-        status, fields, admitted = 200, dict[str, object](), partial(admit, self._websocket)
+        status, fields = 200, dict[str, object]()
+        admit = partial(self._state.limiter.admit, self._scope)
         try:
-            self._source, answer = await self._state.replies.answer(request, reply, admitted)
-            async with answer as tokens:
-                async for some in tokens:
-                    await self._send_tokens(some, reply)
+            with suppress(errors.NothingLeft):
+                self._source, answer = await self._state.replies.answer(request, reply, admit)
+                async with answer as tokens:
+                    async for some in tokens:
+                        await self._send_tokens(some, reply)
             cut = self._source.truncated
             await self._send({"done": "true"} | ({"truncated": cut} if cut else {}))
-        except errors.NothingLeft:
-            await self._send({"done": "true"})
         except errors.ReplyCancelled:
             await self._send({"done": "true", "cancelled": "true"})
         except errors.ChatError as error:
@@ -113,8 +107,7 @@ class ChatSocket:
             await self._send({"error": str(error)}, error.close_code)
         finally:
             self._answering = None
-            with suppress(RuntimeError):  # no message is waited for
-                self._idle.reschedule(asyncio.get_running_loop().time() + self._idle_limit)
+            self._restart_idle_timer()
             status = reply.error.status if reply.error else status
             log_request(self._scope, status, fields | self._source.summary())
 
