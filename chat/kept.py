@@ -1,8 +1,7 @@
 """A reply that runs by itself, and what a transport reads of it: from here, or through Redis."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from math import inf
 from typing import Any
@@ -38,10 +37,6 @@ class KeptReply:
         self.readers: list[object] = []  # so far; only the last may have it back
         self.size = 0
 
-    @property
-    def last_position(self) -> int:
-        return len(self.reply.text) + bool(self.end)
-
     def set_reader(self, reader: object, *timer: Any) -> None:
         """Give it to a reader or to nobody; the one before is told so, and the timer stops."""
         if self._timer:
@@ -68,7 +63,7 @@ class KeptReply:
         name = reader.partition(":")[0]
         if name in self.readers[:-1]:
             raise errors.ReplyTakenOver
-        _check(after, self.last_position, self.end)
+        _check(after, len(self.reply.text), self.end)
         if name not in self.readers:
             self.readers.append(name)
         begin = max(0, after - 1)  # the reader needs to know whether it is after a CR
@@ -95,21 +90,9 @@ class Reading:
     is_after_cr = False  # the text before what comes next ends with a CR
 
     def __init__(self, kept: KeptReply, after: int, leave: Callable[..., None]) -> None:
-        _check(after, kept.last_position, kept.end)
+        _check(after, len(kept.reply.text), kept.end)
         self.after = self.position = after
         self._kept, self._leave = kept, leave
-
-    def tokens(self) -> aclosing[AsyncGenerator[list[str], None]]:
-        """Give the tokens for as long as the context lasts; raise `ChatError` as the reply did."""
-        return aclosing(self._read())
-
-    def ends(self, tokens: Sequence[str]) -> list[int]:
-        """Return the position at the end of each token, and go there."""
-        ends = []
-        for token in tokens:
-            self.position += len(token)
-            ends.append(self.position)
-        return ends
 
     async def cancel(self) -> None:
         """End the reply for a client that asks for no more; return once Groq is stopped."""
@@ -122,7 +105,8 @@ class Reading:
             return {"outcome": "detached"}
         return {k: v for k, v in self._kept.reply.summary().items() if k != "duration_ms"}
 
-    async def _read(self) -> AsyncGenerator[list[str], None]:
+    async def read(self) -> AsyncGenerator[list[str], None]:
+        """Give the tokens; raise `ChatError` as the reply did."""
         kept, tokens = self._kept, self._kept.reply.sent
         kept.readers.append(self)
         kept.set_reader(self)
@@ -172,7 +156,7 @@ class Elsewhere(Reading):
     def summary(self) -> dict[str, Any]:
         return {"outcome": "resumed" if self.end else "detached"}
 
-    async def _read(self) -> AsyncGenerator[list[str], None]:
+    async def read(self) -> AsyncGenerator[list[str], None]:
         time = asyncio.get_running_loop().time
         reader, heard_at, reached_at, asked = "", -inf, time(), 0
         while not self.end:
@@ -214,7 +198,7 @@ class Elsewhere(Reading):
                 self.is_after_cr = part.text[:known].endswith("\r")
             return part.text[known:]
         if part.begin >= 0:
-            _check(self.after, part.begin + 1, part)
+            _check(self.after, part.begin, part)
             self.end = part
         if part.kind != "completed":
             raise RELAYED.get(part.kind, errors.GroqError)(part.text)
@@ -222,9 +206,9 @@ class Elsewhere(Reading):
         return ""
 
 
-def _check(after: int, last: int, end: Part | None) -> None:
+def _check(after: int, length: int, end: Part | None) -> None:
     """Raise `ChatError` unless there is something to read after a position, or will be."""
-    if end and after == last:
+    if end and after == length + 1:
         raise errors.NothingLeft
-    if after > last:
+    if after > length:
         raise errors.BadRequest(f"the text has no position {after}")

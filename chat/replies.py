@@ -6,7 +6,7 @@ them for a while. Other replicas read them through Redis.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from sys import getsizeof
 from typing import Any
 from weakref import WeakValueDictionary
@@ -49,7 +49,7 @@ class Replies:
             reading = await self._open(request.reply, request, reply, admit)
             if reply.is_cancelled:  # meanwhile
                 await reading.cancel()
-            return reading, reading.tokens()
+            return reading, aclosing(reading.read())
         await admit()
         if not request.messages:
             raise errors.ReplyNotFound

@@ -93,9 +93,11 @@ class Framer:
             lines = [*map(self._lines, tokens)]
         if reading is None:
             return ("data: " + "\n\ndata: ".join(lines) + "\n\n").encode()
-        ends = reading.ends(tokens)
-        events = [f"data: {line}\nid: {end}\n\n" for line, end in zip(lines, ends, strict=True)]
-        return "".join(events).encode()
+        events = ""
+        for token, line in zip(tokens, lines, strict=True):
+            reading.position += len(token)
+            events += f"data: {line}\nid: {reading.position}\n\n"
+        return events.encode()
 
     def last(self, event: bytes) -> bytes:
         """Return the last event; if a reading has ended, with its id, one further than the text."""

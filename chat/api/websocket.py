@@ -112,11 +112,13 @@ class ChatSocket:
             log_request(self._scope, status, fields | self._source.summary())
 
     async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
-        if self._source is reply:
-            texts = [msgspec.json.encode({"token": token}) for token in tokens]
-        else:
-            pairs = zip(tokens, self._source.ends(tokens), strict=True)
-            texts = [msgspec.json.encode({"token": token, "after": end}) for token, end in pairs]
+        texts = []
+        for token in tokens:
+            content: dict[str, Any] = {"token": token}
+            if self._source is not reply:
+                self._source.position += len(token)
+                content["after"] = self._source.position
+            texts.append(msgspec.json.encode(content))
         messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
         if TEXTS not in self._scope.get("extensions", ()):
             messages = [{"type": "websocket.send", "text": text.decode()} for text in texts]
