@@ -34,9 +34,8 @@ from chat.replies import Replies
 from chat.reply import Reply
 from chat.service import ChatService
 from chat.storage.handover import Handover
-from chat.storage.memory import MemoryHistory
+from chat.storage.history import MemoryHistory, RedisHistory
 from chat.storage.redis import open_redis
-from chat.storage.redis_history import RedisHistory
 from chat.tokens import TokenCounts
 
 OPENAPI = FileResponse(Path(__file__).with_name("openapi.yaml"), media_type="application/yaml")

@@ -11,7 +11,7 @@ from uuid import uuid4
 from bench.targets import Target
 from chat.config import Settings
 from chat.messages import Exchange, Message
-from chat.storage.memory import MemoryHistory
+from chat.storage.history import MemoryHistory
 from chat.tokens import TokenCounts
 
 Figures = dict[str, float]

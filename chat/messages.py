@@ -49,9 +49,8 @@ class ChatRequest(msgspec.Struct):
     after: Annotated[int, msgspec.Meta(ge=0)] = 0  # likewise: a position in the reply's text
 
 
-def parse_request(body: bytes | str, *, may_cancel: bool = False) -> ChatRequest:
+def parse_request(received: bytes, *, may_cancel: bool = False) -> ChatRequest:
     """Decode and check what a client sent; raise `BadRequest` if it breaks a rule."""
-    received = body.encode(errors="replace") if isinstance(body, str) else body
     received = received.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if not received.strip():
         raise BadRequest(str(MissingMessages()).replace("messages is missing", "the body is empty"))

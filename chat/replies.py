@@ -1,7 +1,4 @@
-"""
-Replies that outlive their connection: those that their clients have named, until nobody has read
-them for a while. Other replicas read them through Redis.
-"""
+"""Replies that outlive their connection, until nobody has read them for RESUME_TIMEOUT."""
 
 import asyncio
 import logging

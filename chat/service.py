@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
 
 from chat import errors, metrics
 from chat.config import Settings
@@ -15,20 +14,10 @@ from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest, Exchange, Message, flatten
 from chat.prompt import fit, split
 from chat.reply import Reply
+from chat.storage.history import SHARED, History
 from chat.tokens import Count, TokenCounts, estimate, estimate_tokens, total
 
 logger = logging.getLogger(__name__)
-
-SHARED = "shared"  # the conversation of all clients that name none; too short for a client's own id
-
-
-class History(Protocol):
-    """Each operation is atomic; storing outlasts its caller and raises no `HistoryUnavailable`."""
-
-    async def read(self, conversation: str) -> Sequence[Exchange]: ...  # a snapshot, oldest first
-    # Adds exchanges, or with `anew` puts them in place of the others; drops the oldest.
-    async def store(self, conversation: str, exchanges: Sequence[Exchange], anew: bool) -> None: ...
-    async def forget(self, conversation: str) -> None: ...  # whether or not there is one
 
 
 @dataclass(slots=True)

@@ -10,10 +10,8 @@ import pytest
 
 from chat.config import Settings
 from chat.messages import Exchange, Message, flatten
-from chat.service import History
-from chat.storage.memory import MemoryHistory
+from chat.storage.history import History, MemoryHistory, RedisHistory
 from chat.storage.redis import open_redis
-from chat.storage.redis_history import RedisHistory
 from tests.clock import Clock
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script

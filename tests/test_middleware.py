@@ -20,7 +20,7 @@ from chat.messages import Exchange
 from chat.replies import Replies
 from chat.service import ChatService
 from chat.storage.handover import Handover
-from chat.storage.memory import MemoryHistory
+from chat.storage.history import MemoryHistory
 from chat.tokens import TokenCounts
 from server import create_app
 from tests.fake_groq import FakeGroq

@@ -19,8 +19,8 @@ from prometheus_client import REGISTRY
 
 from chat.config import Settings
 from chat.messages import Exchange, Message
+from chat.storage.history import RedisHistory
 from chat.storage.redis import open_redis
-from chat.storage.redis_history import RedisHistory
 from tests.conftest import StartService
 from tests.fake_groq import FakeGroq, Script
 from tests.servers import RedisServer, Service, body, free_port, redis_executable, wait_until

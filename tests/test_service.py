@@ -12,8 +12,8 @@ from chat.llm.client import GroqClient
 from chat.llm.groq import open_groq
 from chat.messages import ChatRequest, Exchange, Message
 from chat.reply import Reply
-from chat.service import SHARED, ChatService
-from chat.storage.memory import MemoryHistory
+from chat.service import ChatService
+from chat.storage.history import SHARED, MemoryHistory
 from chat.tokens import TokenCounts
 from tests.fake_groq import FakeGroq, Script
 

@@ -1,1 +1,0 @@
-"""What clients touch: HTTP, event streams, WebSockets, limits and the chat page."""

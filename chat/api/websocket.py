@@ -62,7 +62,11 @@ class ChatSocket:
 
     async def _handle(self, message: Message) -> None:
         try:
-            request = await self._parse(message)
+            if (text := message.get("text")) is None:
+                raise errors.BinaryMessage
+            if len(received := text.encode()) > self._state.settings.max_body_bytes:
+                raise errors.BodyTooLarge(self._state.settings.max_body_bytes)
+            request = await parse(self._websocket, received)
             if request.cancel:
                 if self._reply:  # else the cancel has crossed the end of its reply
                     self._reply.cancel()
@@ -80,14 +84,6 @@ class ChatSocket:
             if error.close_code is not None and self._answering:
                 self._answering.cancel()
             await self._send({"error": str(error)}, error.close_code)
-
-    async def _parse(self, message: Message) -> ChatRequest:
-        limit = self._state.settings.max_body_bytes
-        if (text := message.get("text")) is None:
-            raise errors.BinaryMessage
-        if len(received := text.encode()) > limit:
-            raise errors.BodyTooLarge(limit)
-        return await parse(self._websocket, received)
 
     async def _answer(self, request: ChatRequest, reply: Reply) -> None:
         status, fields = 200, dict[str, object]()

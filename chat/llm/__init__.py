@@ -1,1 +1,0 @@
-"""Groq, or any server that speaks OpenAI's API."""

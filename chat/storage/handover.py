@@ -1,7 +1,4 @@
-"""
-What replicas tell each other about kept replies, through Redis: whose a reply is, what the readers
-of other replicas ask its owner for, and what it sends to each of them.
-"""
+"""What replicas tell each other about kept replies, through Redis: see docs/design.md."""
 
 from collections.abc import Sequence
 from contextlib import suppress
