@@ -69,12 +69,14 @@ async def answer(request: Request, body: messages.ChatRequest) -> Response:
 
 
 async def conversation(request: Request) -> Response:
-    service, conversation_id = request.app.state.service, request.path_params["id"]
+    history, conversation_id = request.app.state.history, request.path_params["id"]
     messages.check_id("conversation", conversation_id)
     if request.method == "DELETE":
-        await service.forget(conversation_id)
+        await history.forget(conversation_id)
         return Response(status_code=204)
-    content = {"messages": msgspec.to_builtins(await service.read(conversation_id))}
+    if not (exchanges := await history.read(conversation_id)):
+        raise errors.ConversationNotFound
+    content = {"messages": msgspec.to_builtins(messages.flatten(exchanges))}
     return JSONResponse(content, headers={"cache-control": "no-store"})
 
 
@@ -114,12 +116,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         opening = open_redis(settings.redis_addr, settings.redis_password)
         state.redis = await stack.enter_async_context(opening) if settings.redis_addr else None
-        is_shared = settings.history_store == "redis"
-        history = RedisHistory(settings, state.redis) if is_shared else MemoryHistory(settings)
-        stack.push_async_callback(history.aclose)
+        shared = settings.history_store == "redis"
+        state.history = RedisHistory(settings, state.redis) if shared else MemoryHistory(settings)
+        stack.push_async_callback(state.history.aclose)
         counts = TokenCounts(settings.model, state.redis)
         state.groq = GroqClient(await stack.enter_async_context(open_groq(settings)), settings)
-        state.service = ChatService(settings, history=history, counts=counts, groq=state.groq)
+        state.service = ChatService(settings, history=state.history, counts=counts, groq=state.groq)
         state.limiter = limits.RateLimiter(settings.rate_limit, state.redis)
         state.replies = Replies(state.service, settings, Handover(state.redis, settings))
         stack.push_async_callback(state.replies.aclose)

@@ -65,16 +65,6 @@ class ChatService:
                     await self._store(turn, reply)
                 raise error from None
 
-    async def read(self, conversation: str) -> list[Message]:
-        """Return the messages of a conversation; raise `ConversationNotFound` if there are none."""
-        if exchanges := await self._history.read(conversation):
-            return flatten(exchanges)
-        raise errors.ConversationNotFound
-
-    async def forget(self, conversation: str) -> None:
-        """Forget a conversation, whether or not there is one."""
-        await self._history.forget(conversation)
-
     async def drain(self, timeout: float) -> None:
         """Begin no more replies, and end those in progress after `timeout` seconds."""
         self.is_draining = True

@@ -73,4 +73,4 @@ def test_the_code_stays_small() -> None:
     """A change that needs room makes it; only an issue that says so raises the limits."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PATHS}
     assert {name: count for name, count in lines.items() if count > 250} == {}
-    assert sum(lines.values()) <= 3994
+    assert sum(lines.values()) <= 3650

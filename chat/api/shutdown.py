@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def handle_signals(service: ChatService, replies: Replies, settings: Settings) -> asyncio.Event:
-    """
-    Shut down at the first signal; at the second, end the process at once. The event is set when it
-    begins; after DRAIN_DELAY new chats are refused, and those in progress have DRAIN_TIMEOUT.
-    """
+    """Shut down at the first signal, end at once at the second; return the event of the first."""
     loop, has_begun = asyncio.get_running_loop(), asyncio.Event()
     server: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
 

@@ -74,10 +74,7 @@ class EventStream(Response):
 
 
 class Framer:
-    """
-    Turns tokens into events, one each; what a reader concatenates is the text again, with an LF for
-    each line end. For a reading, each event has as its id the position of its end in the text.
-    """
+    """Turns tokens into events, one each; of a reading, each has as its id its end in the text."""
 
     def __init__(self, reading: Reading | None = None) -> None:
         self._reading, self._is_after_cr = reading, False

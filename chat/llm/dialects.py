@@ -1,7 +1,4 @@
-"""
-What differs between servers: the parameters that they know, and their words for what a status, an
-error or a finish reason means for a reply. Pure functions.
-"""
+"""What differs between servers: parameters, and words for how a reply ends. Pure functions."""
 
 import re
 from typing import Any

@@ -61,7 +61,8 @@ class Handover:
 
     async def ask(self, owner: str, *words: str | int) -> None:
         """Write a letter to another replica."""
-        await self._push(f"chat:mail:{owner}", " ".join(map(str, words)))
+        letter = " ".join(map(str, words))
+        await self._execute("EVAL", PUSH, 1, f"chat:mail:{owner}", letter, TTL)
 
     async def letters(self) -> list[list[str]]:
         """Return what others have written."""
@@ -70,7 +71,8 @@ class Handover:
 
     async def send(self, reader: str, part: Part) -> int:
         """Send a part to a reader; return how many it has not taken yet."""
-        return await self._push(f"chat:reader:{reader}", msgspec.json.encode(part))
+        push = "EVAL", PUSH, 1, f"chat:reader:{reader}", msgspec.json.encode(part), TTL
+        return int(await self._execute(*push))
 
     async def receive(self, reader: str) -> list[Part]:
         found = await self._execute("LPOP", f"chat:reader:{reader}", 1000)
@@ -85,10 +87,6 @@ class Handover:
         """Return a reply whose owner has ended; nothing if it has not."""
         found = await self._execute("GET", f"chat:replay:{key}")
         return msgspec.json.decode(found or b"[]", type=list[Part])
-
-    async def _push(self, key: str, value: str | bytes) -> int:
-        length: int = await self._execute("EVAL", PUSH, 1, key, value, TTL)
-        return length
 
     async def _execute(self, *command: str | int | bytes) -> Any:
         if not (self._redis and self._redis.is_up):  # a chat that begins does not wait for it
