@@ -11,7 +11,7 @@ from chat import errors, metrics
 from chat.reply import Reply
 from chat.storage.handover import Handover, Part
 
-SEND_INTERVAL = 0.05  # seconds between two parts of a text, at least
+SEND_INTERVAL = 0.05  # seconds between two parts of a text, and two looks for letters
 LIFE_SIGN = 5  # intervals of silence after which an owner sends a part without text
 MAX_UNREAD = 20  # parts; more, and the reader is gone
 READ_INTERVAL = 0.1  # seconds between two looks at what the owner has sent

@@ -9,6 +9,7 @@ import msgspec
 from chat.errors import BadRequest, MissingMessages
 
 MAX_MESSAGES = 1000
+NO_MESSAGES: "list[Message]" = []  # is what tells a request without `messages`
 JSON_KINDS = {"bool": "true or false", "str": "a string", "array": "an array"}
 JSON_KINDS |= {"object": "an object", "int": "a number", "float": "a number"}
 HALF_CHARACTER = re.compile(rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]")
@@ -33,9 +34,6 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
 def flatten(exchanges: Iterable[Exchange]) -> list[Message]:
     """Return the messages of the exchanges, oldest first."""
     return [message for exchange in exchanges for message in exchange.messages]
-
-
-NO_MESSAGES: list[Message] = []
 
 
 class ChatRequest(msgspec.Struct):

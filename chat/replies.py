@@ -12,7 +12,7 @@ import msgspec
 
 from chat import errors, metrics
 from chat.config import Settings
-from chat.kept import Elsewhere, KeptReply, Reading
+from chat.kept import SEND_INTERVAL, Elsewhere, KeptReply, Reading
 from chat.llm.groq import TokenStream
 from chat.messages import ChatRequest
 from chat.reply import Reply
@@ -23,7 +23,6 @@ from chat.storage.redis import hashed
 logger = logging.getLogger(__name__)
 
 MAX_ENDED_BYTES = 64 << 20  # of replies that have ended and may still be read
-MAIL_INTERVAL = 0.05  # seconds between two looks for letters of other replicas
 
 Admit = Callable[[], Awaitable[None]]
 
@@ -67,7 +66,7 @@ class Replies:
                 with suppress(errors.ReplyUnavailable):
                     for letter in await self._handover.letters():
                         self._in_background(self._answer_letter(*letter))
-            await asyncio.sleep(MAIL_INTERVAL)
+            await asyncio.sleep(SEND_INTERVAL)
 
     async def hand_over(self) -> None:
         """Leave what is kept here to the other replicas, the newest first."""

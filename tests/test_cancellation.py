@@ -33,13 +33,14 @@ def ask(
     transport: str, service: Caller, content: str, conversation: str, stack: ExitStack
 ) -> Leave:
     """Send a chat; return how to leave."""
+    connection = stack.enter_context(connected(service))
     if transport.startswith("websocket"):
-        websocket = stack.enter_context(service.socket())
+        queue = 1 if content == "large" else 16  # the client closes only once it has read
+        websocket = stack.enter_context(service.socket(sock=connection, max_queue=queue))
         websocket.send(json.dumps(body(content, conversation)))
         if transport == "websocket":
             return websocket.close
         return lambda: websocket.socket.shutdown(socket.SHUT_RDWR)
-    connection = stack.enter_context(connected(service))
     request_id = f"X-Request-ID: {request_id_for(conversation)}"
     is_stream = transport == "sse"
     connection.sendall(raw_chat(content, request_id, conversation=conversation, stream=is_stream))
@@ -105,7 +106,8 @@ def test_a_client_that_reads_nothing_is_cut_and_groq_with_it(
         if transport == "sse":
             connection.sendall(raw_chat("large", conversation=conversation, stream=True))
         else:
-            websocket = stack.enter_context(impatient.socket(sock=connection, max_queue=1))
+            patience = {"max_queue": 1, "close_timeout": 0.1}
+            websocket = stack.enter_context(impatient.socket(sock=connection, **patience))
             websocket.send(json.dumps(body("large", conversation)))
         request = groq.wait_for_request("large")
         assert request.closed.wait(10), "SEND_TIMEOUT is a second"

@@ -100,6 +100,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):  # slow clients, missed ends,
         if not self.read_paused:
             self.transport.resume_reading()
 
+    def eof_received(self) -> None:
+        if not self.writable.is_set():  # else it would wait for a client that does not read
+            self.transport.abort()
+
     def handle_parser_exception(self) -> None:
         if not isinstance(self.conn.parser_exc, PayloadTooBig):
             super().handle_parser_exception()

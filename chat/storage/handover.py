@@ -65,7 +65,6 @@ class Handover:
         await self._execute("EVAL", PUSH, 1, f"chat:mail:{owner}", letter, TTL)
 
     async def letters(self) -> list[list[str]]:
-        """Return what others have written."""
         found = await self._execute("LPOP", f"chat:mail:{self.replica}", 1000)
         return [letter.decode().split() for letter in found or ()]
 
