@@ -1,6 +1,7 @@
 """A reply that runs by itself, and what a transport reads of it: from here, or through Redis."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from math import inf
@@ -28,14 +29,14 @@ class KeptReply:
     task: asyncio.Task[None]
     end: Part | None = None
     error: errors.ChatError | None = None
+    size = 0  # in bytes, once it has ended
     reader: object = None  # who reads it now
     waiting: asyncio.Future[None] | None = None  # for the next token, or the end
     _timer: asyncio.TimerHandle | None = None  # until it is forgotten
 
     def __init__(self, key: str, fingerprint: str, reply: Reply) -> None:
         self.key, self.fingerprint, self.reply = key, fingerprint, reply
-        self.readers: list[object] = []  # so far; only the last may have it back
-        self.size = 0
+        self.readers = deque[object](maxlen=1000)  # only the last one may have it back
 
     def set_reader(self, reader: object, *timer: Any) -> None:
         """Give it to a reader or to nobody; the one before is told so, and the timer stops."""
@@ -49,8 +50,7 @@ class KeptReply:
         """Wake its reader, and count it if it runs and has none."""
         is_unattended, since = not (self.reader or self.end), self.reply.unattended_since
         metrics.CHAT_REPLIES_UNATTENDED.inc(is_unattended - (since < inf))
-        now = asyncio.get_running_loop().time()
-        self.reply.unattended_since = now if is_unattended else inf
+        self.reply.unattended_since = asyncio.get_running_loop().time() if is_unattended else inf
         self.wake()
 
     def wake(self) -> None:
@@ -61,7 +61,7 @@ class KeptReply:
     async def send_to(self, reader: str, after: int, handover: Handover) -> Part | None:
         """Send a reader elsewhere all but the end, which is returned unless the reader leaves."""
         name = reader.partition(":")[0]
-        if name in self.readers[:-1]:
+        if name in self.readers and name != self.readers[-1]:
             raise errors.ReplyTakenOver
         _check(after, len(self.reply.text), self.end)
         if name not in self.readers:
@@ -187,7 +187,7 @@ class Elsewhere(Reading):
         """Ask the owner for more; return where it will come, and the reply if it was left."""
         reader = f"{self._name}:{uuid4().hex}"
         await self._handover.ask(self._owner, verb, self._key, reader, self._received)
-        return reader, await self._handover.find(self._key)
+        return reader, await self._handover.load(self._key)
 
     def _take(self, part: Part) -> str:
         """Return what a part adds to the text; raise `ChatError` as the reply or its owner did."""

@@ -75,7 +75,7 @@ class Replies:
                 for kept in reversed([*self._kept.values()]):
                     await asyncio.wait([kept.task])
                     parts = [Part(0, "text", kept.reply.text), *filter(None, [kept.end])]
-                    await self._handover.leave(kept.key, parts)
+                    await self._handover.store(kept.key, parts)
 
     async def aclose(self) -> None:
         for task in self._tasks:

@@ -77,12 +77,12 @@ class Handover:
         found = await self._execute("LPOP", f"chat:reader:{reader}", 1000)
         return [msgspec.json.decode(part, type=Part) for part in found or ()]
 
-    async def leave(self, key: str, parts: Sequence[Part]) -> None:
-        """Leave a reply in Redis for the time after this replica's end."""
+    async def store(self, key: str, parts: Sequence[Part]) -> None:
+        """Keep a reply in Redis for the time after this replica's end."""
         whole = msgspec.json.encode(parts)
         await self._execute("SET", f"chat:replay:{key}", whole, "EX", self._replay_ttl)
 
-    async def find(self, key: str) -> list[Part]:
+    async def load(self, key: str) -> list[Part]:
         """Return a reply whose owner has ended; nothing if it has not."""
         found = await self._execute("GET", f"chat:replay:{key}")
         return msgspec.json.decode(found or b"[]", type=list[Part])
