@@ -116,6 +116,7 @@ def test_a_reader_who_was_away_for_long_does_not_take_it_back(pair: Pair, groq: 
     groq.on("large", Script([*["x" * 1000] * 12_000, "z"], hold_before_token=12_000))
     (owner, other), asked = pair, new("large")
     assert part_of(owner, asked, cut=EVENT).status == 200
+    wait_until(lambda: owner.metric("chat_replies_unattended") == 1)
     with connected(other) as connection:
         connection.sendall(
             raw_chat("large", "Connection: close", reply=asked["reply"], stream=True)
