@@ -9,9 +9,8 @@ ChatError
 │                        ReplyUnavailable 503, NothingLeft 204
 ├── over a limit         RateLimited 429, TooManyReplies 429 (of a client), TooBusy 503/1013
 ├── about the service    HistoryUnavailable 503, Draining 503/1012, InternalError /1011
-├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqReplyCut,
-│                        GroqReplyEmpty, GroqTimeout 504; not asked:
-│                        GroqCircuitOpen 503, GroqQuotaExhausted 503
+├── GroqError 502        GroqUnreachable, GroqRefused, GroqFailed, GroqReplyBroken, GroqTimeout 504,
+│                        GroqReplyCut, GroqReplyEmpty, GroqCircuitOpen 503, GroqQuotaExhausted 503
 └── about the client     ClientDisconnected 499, ReplyCancelled, ClientIdle /1001
 
 Messages are for clients: no secret, no stack trace, nothing that Groq said.

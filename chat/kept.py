@@ -64,8 +64,12 @@ class KeptReply:
         if name in self.readers and name != self.readers[-1]:
             raise errors.ReplyTakenOver
         _check(after, len(self.reply.text), self.end)
-        if name not in self.readers:
-            self.readers.append(name)
+        await handover.send(reader, Part(after, "text", ""))
+        while (unread := await handover.send(reader, Part(after, "text", ""))) > 1:
+            if unread > MAX_UNREAD:
+                return None  # it had left before its letter came, and takes nothing over
+            await asyncio.sleep(SEND_INTERVAL)
+        self.readers.append(name)
         begin = max(0, after - 1)  # the reader needs to know whether it is after a CR
         self.set_reader(reader)
         for tick in count():
@@ -139,8 +143,7 @@ class Elsewhere(Reading):
 
     def __init__(self, handover: Handover, key: str, owner: str, after: int) -> None:
         self.after = self.position = self._received = after
-        self._handover, self._key, self._owner = handover, key, owner
-        self._name = uuid4().hex
+        self._handover, self._key, self._owner, self._name = handover, key, owner, uuid4().hex
 
     async def cancel(self) -> None:
         reader, parts = await self._ask("cancel")
@@ -158,7 +161,7 @@ class Elsewhere(Reading):
 
     async def read(self) -> AsyncGenerator[list[str], None]:
         time = asyncio.get_running_loop().time
-        reader, heard_at, reached_at, asked = "", -inf, time(), 0
+        reader, heard_at, asked = "", -inf, 0
         while not self.end:
             try:
                 if time() - heard_at < SILENCE:
@@ -169,14 +172,13 @@ class Elsewhere(Reading):
                 else:
                     reader, parts = await self._ask("follow")
                     heard_at, asked = time(), asked + 1
-                reached_at = time()
             except errors.ReplyUnavailable:
-                if time() - reached_at > REDIS_PATIENCE:
+                if time() - heard_at > REDIS_PATIENCE:
                     raise
                 parts = []
             for part in parts:
-                if part.begin > self._received:  # some of it is lost
-                    heard_at = -inf
+                if part.begin > self._received:  # some of it is lost: ask anew at once
+                    heard_at -= SILENCE
                     break
                 if text := self._take(part):
                     yield [text]

@@ -195,6 +195,6 @@ def log_end(kept: KeptReply) -> None:
     if error and not isinstance(kept.reader, Reading):
         metrics.errors[error.reason].inc()  # which no request's line will count
     if error or reply.outcome != "failed":  # otherwise it was not admitted
-        fields = reply.summary() | {"resumed": max(0, len(kept.readers) - 1)}
+        fields = reply.summary() | {"resumed": max(0, len({*kept.readers}) - 1)}
         level = logging.WARNING if reply.outcome == "failed" else logging.INFO
         logger.log(level, "reply %s", reply.outcome, extra={"fields": fields})

@@ -131,6 +131,24 @@ def test_a_reader_who_was_away_for_long_does_not_take_it_back(pair: Pair, groq: 
     assert last.data == "[DONE]"
 
 
+def test_a_reader_who_has_left_before_its_letter_came_takes_nothing_over(
+    pair: Pair, groq: FakeGroq, redis: RedisServer
+) -> None:
+    groq.on("held", HELD)
+    (owner, other), asked = pair, new("held")
+    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    before = other.metric("chat_resumes_total", result="elsewhere")
+    with connected(other) as connection:
+        connection.sendall(raw_chat("held", reply=asked["reply"], stream=True))
+        wait_until(lambda: other.metric("chat_resumes_total", result="elsewhere") > before)
+    with reading(owner, asked) as tokens:
+        assert next(tokens).data == "ab"
+        wait_until(lambda: redis.command("KEYS", "chat:reader:*") != [])
+        wait_until(lambda: redis.command("KEYS", "chat:mail:*") == [])
+        groq.release()
+        assert [event.data for event in tokens] == ["c", "[DONE]"]
+
+
 def test_what_is_wrong_foreign_or_huge_gives_no_text(pair: Pair, groq: FakeGroq) -> None:
     groq.on("held", HELD)
     asked, unknown = new("held"), uuid4().hex

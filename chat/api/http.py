@@ -88,8 +88,7 @@ def position(request: Request) -> int:
 
 async def json_reply(request: Request, answer: Answer, source: Any) -> Response:
     """Wait for a reply; render it as one object."""
-    texts: list[str] = []
-    content: dict[str, str] = {}
+    texts, content = list[str](), dict[str, str]()
     try:
         async with cancelled_on_disconnect(request.receive), answer as tokens:
             async for some in tokens:
