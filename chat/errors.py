@@ -20,10 +20,7 @@ from typing import Any, ClassVar
 
 
 class ChatError(Exception):
-    """
-    The root of the tree; the keywords of a class are its attributes. `values` are what `text` has
-    placeholders for; `cause` is for the log: an exception's class, or what was wrong in a response.
-    """
+    """The root: a class's keywords are its attributes; `values` fill `text`, `cause` is logged."""
 
     status: ClassVar[int] = 500
     close_code: ClassVar[int | None] = None  # of a WebSocket; None if it stays open

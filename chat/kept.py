@@ -19,12 +19,12 @@ READ_INTERVAL = 0.1  # seconds between two looks at what the owner has sent
 SILENCE = 0.8  # seconds in which nothing came, not even a sign of life: ask for the rest anew
 MAX_ASKED = 3  # times in a row, then the owner is gone
 REDIS_PATIENCE = 10.0  # seconds to wait for Redis
-TOLD = errors.BadRequest, errors.NothingLeft, errors.ReplyNotFound, errors.ReplyTakenOver
-RELAYED = {each.__name__: each for each in (*TOLD, errors.ReplyCancelled)}  # others are Groq's
+SIMPLE = [each for each in errors.ChatError.__subclasses__() if "{" not in each.text[1:]]
+RELAYED = {each.__name__: each for each in SIMPLE}  # of others, another replica tells the text
 
 
 class KeptReply:
-    """Its text so far, how it has ended, and who reads it."""
+    """What others need to know about a reply: how it has ended, and who reads it."""
 
     task: asyncio.Task[None]
     end: Part | None = None
@@ -60,8 +60,7 @@ class KeptReply:
 
     async def send_to(self, reader: str, after: int, handover: Handover) -> Part | None:
         """Send a reader elsewhere all but the end, which is returned unless the reader leaves."""
-        name = reader.partition(":")[0]
-        if name in self.readers and name != self.readers[-1]:
+        if (name := reader.partition(":")[0]) in self.readers and name != self.readers[-1]:
             raise errors.ReplyTakenOver
         _check(after, len(self.reply.text), self.end)
         await handover.send(reader, Part(after, "text", ""))
@@ -148,9 +147,8 @@ class Elsewhere(Reading):
     async def cancel(self) -> None:
         reader, parts = await self._ask("cancel")
         for _ in range(10):  # a second
-            if parts and parts[0].kind == errors.ReplyNotFound.__name__:
-                raise errors.ReplyNotFound
             if parts:
+                self._take(parts[0])  # raises if there is no such reply
                 return
             await asyncio.sleep(READ_INTERVAL)
             parts = await self._handover.receive(reader)
@@ -163,6 +161,8 @@ class Elsewhere(Reading):
         time = asyncio.get_running_loop().time
         reader, heard_at, asked = "", -inf, 0
         while not self.end:
+            if self._handover.is_closing:
+                raise errors.Draining
             try:
                 if time() - heard_at < SILENCE:
                     parts = await self._handover.receive(reader)

@@ -42,7 +42,9 @@ class Replies:
     ) -> tuple[Reply | Reading, AbstractAsyncContextManager[TokenStream]]:
         """Return a reply and its tokens, kept for later readers if its client has named it."""
         if request.reply and self._timeout:
-            reading = await self._open(request.reply, request, reply, admit)
+            # A client that leaves meanwhile must not leave a claim without a reply behind.
+            opening = self._in_background(self._open(request.reply, request, reply, admit))
+            reading: Reading = await asyncio.shield(opening)
             if reply.is_cancelled:  # meanwhile
                 await reading.cancel()
             return reading, aclosing(reading.read())
@@ -65,17 +67,19 @@ class Replies:
             if self._kept:
                 with suppress(errors.ReplyUnavailable):
                     for letter in await self._handover.letters():
-                        self._in_background(self._answer_letter(*letter))
+                        self._in_background(self._answer_letter(letter))
             await asyncio.sleep(SEND_INTERVAL)
 
     async def hand_over(self) -> None:
         """Leave what is kept here to the other replicas, the newest first."""
-        with suppress(TimeoutError, errors.ReplyUnavailable):
+        self._handover.is_closing = True
+        with suppress(TimeoutError):
             async with asyncio.timeout(3):
                 for kept in reversed([*self._kept.values()]):
                     await asyncio.wait([kept.task])
                     parts = [Part(0, "text", kept.reply.text), *filter(None, [kept.end])]
-                    await self._handover.store(kept.key, parts)
+                    with suppress(errors.ReplyUnavailable):  # of one node, perhaps
+                        await self._handover.store(kept.key, parts)
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -131,7 +135,9 @@ class Replies:
             kept.error = errors.ReplyNotFound()
         except errors.ChatError as error:
             kept.error = error
-        is_void = bool(kept.error) and not (reply.sent or reply.is_cancelled)
+        is_void = bool(kept.error) and not (
+            reply.sent or isinstance(kept.error, errors.ReplyCancelled)
+        )
         if is_void:  # as if it had never begun: it may be sent again
             await self._handover.release(kept.key)
         if is_void or isinstance(kept.error, errors.ReplyNotFound):
@@ -149,10 +155,10 @@ class Replies:
         log_end(kept)
 
     def _leave(self, kept: KeptReply, reader: object) -> None:
-        """Note that a reader has gone, unless another has taken the reply over."""
+        """Note that a reader has gone, unless another has the reply now; renew the claim."""
         if kept.reader == reader and self._kept.get(kept.key) is kept:
             kept.set_reader(None, self._timeout, self._forget, kept)
-            if reader and not kept.end:  # Redis may have been away at the beginning
+            if reader and not kept.error and (len(kept.readers) > 1 or not kept.end):
                 self._in_background(self._handover.claim(kept.key, kept.fingerprint))
 
     def _forget(self, kept: KeptReply) -> None:
@@ -160,25 +166,27 @@ class Replies:
             del self._kept[kept.key]
             self._ended_bytes -= kept.size
             kept.set_reader(kept.reader)  # without a timer
-            kept.task.cancel()  # of no effect once it has ended
+            if not kept.error:  # else it is ending
+                kept.task.cancel()
 
     def _in_background(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         self._tasks.add(task := asyncio.create_task(coroutine))
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _answer_letter(self, verb: str, key: str, reader: str, after: str) -> None:
+    async def _answer_letter(self, letter: list[str]) -> None:
         """Do what a reader at another replica asks for; send it the reply, or an error."""
+        verb, key, reader, after = letter
         kept = self._kept.get(key)
         with suppress(errors.ReplyUnavailable):  # the reader asks again
             try:
                 if kept is None:
                     raise errors.ReplyNotFound
-                if verb == "cancel":
-                    await Reading(kept, 0, self._leave).cancel()
-                    last = kept.end
-                else:
+                if verb == "follow":
                     last = await kept.send_to(reader, int(after), self._handover)
+                else:
+                    await Reading(kept, 0, self._leave).cancel()
+                    last = Part(-1, "completed", "")
             except errors.ReplyUnavailable:
                 raise
             except errors.ChatError as error:

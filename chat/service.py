@@ -80,14 +80,14 @@ class ChatService:
         limit, client = self._settings.max_concurrent_per_client, reply.client
         if self.is_draining:
             raise errors.Draining
+        if limit and sum(each.client == client for each in self._replies) >= limit:
+            raise errors.TooManyReplies(limit)
         if len(self._replies) >= self._settings.max_concurrent:
             oldest = min(self._replies, key=lambda each: each.unattended_since)
             if oldest.unattended_since == inf or not oldest.task:
                 raise errors.TooBusy
             self._replies.discard(oldest)
             oldest.task.cancel()
-        if limit and sum(each.client == client for each in self._replies) >= limit:
-            raise errors.TooManyReplies(limit)
 
     @contextmanager
     def _counted(self, reply: Reply) -> Iterator[None]:

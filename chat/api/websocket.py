@@ -102,10 +102,10 @@ class ChatSocket:
             status, fields = error.status, error.log_fields
             await self._send({"error": str(error)}, error.close_code)
         finally:
-            self._answering = None
+            source, self._answering, self._reply, self._source = self._source, None, None, None
             self._restart_idle_timer()
             status = reply.error.status if reply.error else status
-            log_request(self._scope, status, fields | self._source.summary())
+            log_request(self._scope, status, fields | source.summary())
 
     async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
         texts = []

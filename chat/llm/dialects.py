@@ -6,14 +6,9 @@ from typing import Any
 from chat.config import Settings
 from chat.errors import GroqError, GroqFailed, GroqRefused, GroqReplyEmpty
 
-# Any other host gets `max_tokens`, which all servers know, and nothing about reasoning.
-MAX_TOKENS = {
-    "api.groq.com": "max_completion_tokens",  # https://console.groq.com/docs/api-reference
-    "api.openai.com": "max_completion_tokens",  # https://platform.openai.com/docs/api-reference/chat
-    "openrouter.ai": "max_completion_tokens",  # https://openrouter.ai/docs/api-reference/parameters
-}
-# The words of OpenAI, and of Anthropic, Bedrock, Cohere, Gemini, Mistral, TGI and Together, in
-# lower case. Any other word says that the reply has failed.
+# By their references of the API; any other host gets `max_tokens`, which all servers know.
+TAKE_MAX_COMPLETION_TOKENS = {"api.groq.com", "api.openai.com", "openrouter.ai"}
+# The words of eight kinds of servers, in lower case; any other says that the reply has failed.
 FINISH_REASONS = {
     word: reason
     for reason, words in {
@@ -33,8 +28,7 @@ EMPTY = {
     "tool_calls": "asked for a tool, and wrote no text",
 }
 FILTERED = r"content.?(filter|policy)|moderation"
-# What the `code`, `type` or `status` of an error says, or its message if it has none of them; the
-# first row that is found holds. `invalid_request_error` stands beside more precise codes.
+# What an error's `code`, `type` or `status` says, else its message; the first row found holds.
 STATUSES = {
     429: r"rate.?limit|quota|too.?many.?requests|resource.?exhausted|throttl",
     404: r"not.?found|decommissioned|no.?such.?model|model.{0,9}(not.?active|unavailable)",
@@ -56,7 +50,8 @@ TOO_LARGE = re.compile(
 
 def parameters(host: str, model: str, settings: Settings, *, is_stream: bool) -> dict[str, object]:
     """Return what is sent along with the messages; the host is in lower case."""
-    found = {"model": model, MAX_TOKENS.get(host, "max_tokens"): settings.max_tokens}
+    limit = "max_completion_tokens" if host in TAKE_MAX_COMPLETION_TOKENS else "max_tokens"
+    found = {"model": model, limit: settings.max_tokens}
     if host == "api.groq.com" and re.fullmatch(r"openai/gpt-oss-\d+b", model):
         # https://console.groq.com/docs/reasoning
         found |= {"include_reasoning": False, "reasoning_effort": settings.reasoning_effort}

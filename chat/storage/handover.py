@@ -14,8 +14,10 @@ from chat.storage.redis import RedisClient
 
 TTL = 10  # seconds that a letter or a part of a reply waits for its reader
 CLAIM = """
-if ARGV[1] ~= '' and redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return '' end
-return redis.call('GET', KEYS[1]) or ''
+local claim, ours = redis.call('GET', KEYS[1]) or '', ARGV[1]
+local may_set = ours ~= '' and (claim == '' or claim == ours)
+if may_set then redis.call('SET', KEYS[1], ours, 'EX', ARGV[2]) end
+return claim
 """
 PUSH = """
 local length = redis.call('RPUSH', KEYS[1], ARGV[1])
@@ -36,15 +38,14 @@ class Handover:
     """One replica's side; without Redis, or while it is away, `ReplyUnavailable` is raised."""
 
     def __init__(self, redis: RedisClient | None, settings: Settings) -> None:
-        self.replica = uuid4().hex
+        self.replica, self.is_closing = uuid4().hex, False
         self._redis = redis if settings.resume_timeout else None
-        self._replay_ttl = ceil(settings.resume_timeout)
-        self._claim_ttl = ceil(settings.reply_timeout + settings.resume_timeout)
+        self._ttl = ceil(settings.reply_timeout + settings.resume_timeout)
 
     async def claim(self, key: str, fingerprint: str = "") -> tuple[str, str]:
         """Return a reply's owner and fingerprint, if it has any; with one, it becomes ours."""
         value = fingerprint and f"{self.replica}:{fingerprint}"
-        claim = "EVAL", CLAIM, 1, f"chat:reply:{key}", value, self._claim_ttl
+        claim = "EVAL", CLAIM, 1, f"chat:reply:{key}", value, self._ttl
         try:
             found = await self._execute(*claim) if self._redis else b""
         except errors.ReplyUnavailable:
@@ -66,7 +67,7 @@ class Handover:
 
     async def letters(self) -> list[list[str]]:
         found = await self._execute("LPOP", f"chat:mail:{self.replica}", 1000)
-        return [letter.decode().split() for letter in found or ()]
+        return [letter.decode(errors="replace").split() for letter in found or ()]
 
     async def send(self, reader: str, part: Part) -> int:
         """Send a part to a reader; return how many it has not taken yet."""
@@ -80,7 +81,7 @@ class Handover:
     async def store(self, key: str, parts: Sequence[Part]) -> None:
         """Keep a reply in Redis for the time after this replica's end."""
         whole = msgspec.json.encode(parts)
-        await self._execute("SET", f"chat:replay:{key}", whole, "EX", self._replay_ttl)
+        await self._execute("SET", f"chat:replay:{key}", whole, "EX", self._ttl)
 
     async def load(self, key: str) -> list[Part]:
         """Return a reply whose owner has ended; nothing if it has not."""
