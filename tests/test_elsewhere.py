@@ -1,11 +1,13 @@
 """Replies that another replica reads: two and three processes, Redis, a cluster, kills."""
 
+import json
 import random
 import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from hashlib import sha256
 from itertools import count, product, repeat
 from pathlib import Path
 from threading import Event
@@ -287,6 +289,48 @@ def test_a_replica_that_ends_hands_its_replies_over(
         assert "restarting" in part.end
     assert part_of(other, ended, 3).text == " said: ended"
     assert (len(groq.asked("held")), len(groq.asked("ended"))) == (2, 1)
+
+
+def test_a_replica_that_ends_sends_its_readers_of_other_replicas_away(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer
+) -> None:
+    owner, other = (start_service(REDIS_ADDR=redis_server.address) for _ in range(2))
+    groq.on("held", HELD)
+    asked = new("held")
+    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    with reading(other, asked) as tokens:
+        assert next(tokens).data == "ab"
+        other.process.send_signal(signal.SIGTERM)
+        assert ["restarting" in event.data for event in tokens] == [True]
+    assert other.process.wait() == 0
+    assert "Traceback" not in other.process.output
+    groq.release()
+    assert part_of(owner, asked, 2).text == "c"
+
+
+def test_a_client_that_leaves_while_its_id_is_claimed_may_come_back(
+    start_service: StartService, groq: FakeGroq, redis_server: RedisServer
+) -> None:
+    service, asked = start_service(REDIS_ADDR=redis_server.address), new("hello")
+    redis_server.pause()
+    with service.socket() as websocket:
+        websocket.send(json.dumps(asked))
+    redis_server.resume()
+    assert part_of(service, asked).text == "You said: hello"
+    assert len(groq.asked("hello")) == 1
+
+
+def test_a_letter_without_sense_does_not_end_the_mail(
+    pair: Pair, groq: FakeGroq, redis: RedisServer
+) -> None:
+    groq.on("held", HELD)
+    (owner, other), asked = pair, new("held")
+    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    key = f"chat:reply:{sha256(asked['reply'].encode()).hexdigest()}"
+    name = redis.command("GET", key).partition(":")[0]
+    redis.command("RPUSH", f"chat:mail:{name}", "hello", b"\xff")
+    assert part_of(other, asked, 1, cut=EVENT).text == "b"
+    groq.release()
 
 
 def test_replicas_are_rolled_behind_a_proxy_and_no_token_is_lost(

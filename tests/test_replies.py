@@ -174,6 +174,18 @@ def test_a_full_process_makes_room(start_service: StartService, groq: FakeGroq) 
         assert [event.data for event in events_of_it] == ["b", "c", "[DONE]"]
 
 
+def test_a_client_over_its_own_limit_ends_nothing(
+    start_service: StartService, groq: FakeGroq
+) -> None:
+    service = start_service(MAX_CONCURRENT=1, MAX_CONCURRENT_PER_CLIENT=1)
+    groq.on("held", HELD)
+    asked = new("held")
+    after = until_held(service, asked)
+    assert service.chat("hello").status_code == 429
+    groq.release()
+    assert part_of(service, asked, after) == (200, "c", 4, "[DONE]")
+
+
 def test_the_rate_limit_is_for_what_may_begin_a_reply(start_service: StartService) -> None:
     service = start_service(RATE_LIMIT="4/hour")
     asked = new("hello")
