@@ -167,8 +167,7 @@ class Elsewhere(Reading):
                 if time() - heard_at < SILENCE:
                     parts = await self._handover.receive(reader)
                 elif asked == MAX_ASKED:
-                    metrics.resumes["lost"].inc()
-                    raise errors.ReplyNotFound
+                    parts = [Part(-1, "ReplyNotFound", "")]
                 else:
                     reader, parts = await self._ask("follow")
                     heard_at, asked = time(), asked + 1
@@ -203,6 +202,7 @@ class Elsewhere(Reading):
             _check(self.after, part.begin, part)
             self.end = part
         if part.kind != "completed":
+            metrics.resumes["lost"].inc(part.kind == "ReplyNotFound")
             raise RELAYED.get(part.kind, errors.GroqError)(part.text)
         self.truncated = part.text
         return ""
