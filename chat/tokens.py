@@ -50,9 +50,9 @@ class TokenCounts:
         """Remember and return what Groq reported, unless it is wrong: a token is a byte or more."""
         if not 0 < tokens <= len(message.content.encode()) + MAX_TEMPLATE_TOKENS:
             return None
-        key = self._key(message)
-        self._remember({key: tokens})
-        self._to_share.append(("SET", key, tokens, "EX", 86_400))
+        if self._known.get(key := self._key(message)) != tokens:
+            self._remember({key: tokens})
+            self._to_share.append(("SET", key, tokens, "EX", 86_400))
         return Count(tokens, True)
 
     async def share_forever(self) -> None:
