@@ -137,7 +137,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 def create_app(settings: config.Settings) -> Starlette:
     allowed = [*map(middleware.plain_origin, settings.allowed_origins.replace(",", " ").split())]
-    layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)]
+    proxies = settings.trusted_proxies
+    layers = [Middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)] * bool(proxies)
     layers.append(Middleware(middleware.RequestMiddleware))
     layers.append(Middleware(middleware.OriginMiddleware, allow_origins=allowed, **CORS))
     hidden = {show_metrics: settings.metrics_port, http.chat_page: not settings.chat_page}

@@ -135,9 +135,8 @@ class Replies:
             kept.error = errors.ReplyNotFound()
         except errors.ChatError as error:
             kept.error = error
-        is_void = bool(kept.error) and not (
-            reply.sent or isinstance(kept.error, errors.ReplyCancelled)
-        )
+        is_cancelled = isinstance(kept.error, errors.ReplyCancelled)
+        is_void = bool(kept.error) and not (reply.sent or is_cancelled)
         if is_void:  # as if it had never begun: it may be sent again
             await self._handover.release(kept.key)
         if is_void or isinstance(kept.error, errors.ReplyNotFound):

@@ -44,9 +44,10 @@ async def parse(request: HTTPConnection, received: bytes) -> ChatRequest:
 
 def client_key(client: str) -> str:
     """Return whom a limit applies to: an address, or for IPv6 its /64, which is one customer's."""
-    with suppress(ValueError):  # IPv4, or whatever a proxy reports
-        address = IPv6Address(client)
-        return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
+    if ":" in client:
+        with suppress(ValueError):  # a proxy may report anything
+            address = IPv6Address(client)
+            return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
     return client
 
 

@@ -108,13 +108,11 @@ class ChatSocket:
             log_request(self._scope, status, fields | source.summary())
 
     async def _send_tokens(self, tokens: list[str], reply: Reply) -> None:
-        texts = []
-        for token in tokens:
-            content: dict[str, Any] = {"token": token}
-            if self._source is not reply:
-                self._source.position += len(token)
-                content["after"] = self._source.position
-            texts.append(msgspec.json.encode(content))
+        contents: list[dict[str, Any]] = [{"token": token} for token in tokens]
+        for content in contents if self._source is not reply else ():
+            self._source.position += len(content["token"])
+            content["after"] = self._source.position
+        texts = [msgspec.json.encode(content) for content in contents]
         messages: list[Message] = [{"type": "websocket.send", "texts": texts}]
         if TEXTS not in self._scope.get("extensions", ()):
             messages = [{"type": "websocket.send", "text": text.decode()} for text in texts]
