@@ -11,6 +11,7 @@ from hashlib import sha256
 from itertools import count, product, repeat
 from pathlib import Path
 from threading import Event
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -49,6 +50,14 @@ def pair(module_groq: FakeGroq, redis: RedisServer) -> Iterator[Pair]:
     settings |= {"HISTORY_STORE": "redis", "SHARED_CONVERSATION": "no", "GROQ_MAX_RETRIES": "5"}
     with Service(**settings) as one, Service(**settings) as other:
         yield one, other
+
+
+def broken_off(owner: Service, groq: FakeGroq) -> dict[str, Any]:
+    """Begin a reply at a replica, and break the connection after the two tokens of `HELD`."""
+    groq.on("held", HELD)
+    asked = new("held")
+    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    return asked
 
 
 def test_hundreds_of_breaks_leave_every_text_whole_and_once(pair: Pair, groq: FakeGroq) -> None:
@@ -136,9 +145,8 @@ def test_a_reader_who_was_away_for_long_does_not_take_it_back(pair: Pair, groq: 
 def test_a_reader_who_has_left_before_its_letter_came_takes_nothing_over(
     pair: Pair, groq: FakeGroq, redis: RedisServer
 ) -> None:
-    groq.on("held", HELD)
-    (owner, other), asked = pair, new("held")
-    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    owner, other = pair
+    asked = broken_off(owner, groq)
     before = other.metric("chat_resumes_total", result="elsewhere")
     with connected(other) as connection:
         connection.sendall(raw_chat("held", reply=asked["reply"], stream=True))
@@ -239,9 +247,7 @@ def test_a_reply_whose_owner_has_died_ends_with_an_error(
 ) -> None:
     settings = {"REDIS_ADDR": redis_server.address, "RESUME_TIMEOUT": 2, "REPLY_TIMEOUT": 20}
     owner, other = start_service(**settings), start_service(**settings)
-    groq.on("held", HELD)
-    asked = new("held")
-    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    asked = broken_off(owner, groq)
     with reading(other, asked) as tokens:
         assert next(tokens).data == "ab"
         owner.process.send_signal(number)
@@ -295,9 +301,7 @@ def test_a_replica_that_ends_sends_its_readers_of_other_replicas_away(
     start_service: StartService, groq: FakeGroq, redis_server: RedisServer
 ) -> None:
     owner, other = (start_service(REDIS_ADDR=redis_server.address) for _ in range(2))
-    groq.on("held", HELD)
-    asked = new("held")
-    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    asked = broken_off(owner, groq)
     with reading(other, asked) as tokens:
         assert next(tokens).data == "ab"
         other.process.send_signal(signal.SIGTERM)
@@ -323,9 +327,8 @@ def test_a_client_that_leaves_while_its_id_is_claimed_may_come_back(
 def test_a_letter_without_sense_does_not_end_the_mail(
     pair: Pair, groq: FakeGroq, redis: RedisServer
 ) -> None:
-    groq.on("held", HELD)
-    (owner, other), asked = pair, new("held")
-    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    owner, other = pair
+    asked = broken_off(owner, groq)
     key = f"chat:reply:{sha256(asked['reply'].encode()).hexdigest()}"
     name = redis.command("GET", key).partition(":")[0]
     redis.command("RPUSH", f"chat:mail:{name}", "hello", b"\xff")
@@ -405,9 +408,7 @@ def test_without_redis_a_reply_is_its_replicas_alone(
 ) -> None:
     redis_server.kill()
     owner, other = (start_service(REDIS_ADDR=redis_server.address) for _ in range(2))
-    groq.on("held", HELD)
-    asked = new("held")
-    assert part_of(owner, asked, cut=2 * EVENT).text == "ab"
+    asked = broken_off(owner, groq)
     assert part_of(owner, asked, 1, cut=EVENT).text == "b"
     for answer in (part_of(other, asked, 2), part_of(other, {}, path=f"/replies/{asked['reply']}")):
         assert answer.status == 503
